@@ -1,0 +1,99 @@
+"""p(x|z_1): three ways to read the decoder's output map as a distribution over images.
+
+Every class is built from the map `parameters` (B, channels(C), H, W) and has `image`, its mean in [0, 1], and
+`log_prob(x)`, in nats per image. Images x are (B, C, H, W) in [0, 1] throughout.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Bernoulli:
+    """Independent Bernoulli pixels, the classic VAE (Kingma & Welling 2014, appendix C.1). For grey images."""
+
+    def __init__(self, parameters: Tensor):
+        self.parameters = parameters  # logits
+
+    @staticmethod
+    def channels(c: int) -> int:
+        return c
+
+    @property
+    def image(self) -> Tensor:
+        return self.parameters.sigmoid()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(self.parameters, x, reduction="none").flatten(1).sum(1)
+
+
+class Gaussian:
+    """N(parameters, sigma^2) over images scaled to [-1, 1]; sigma fixed or learned (Rybkin et al. 2021)."""
+
+    def __init__(self, parameters: Tensor, log_sigma: Tensor):
+        self.parameters, self.log_sigma = parameters, log_sigma
+
+    @staticmethod
+    def channels(c: int) -> int:
+        return c
+
+    @property
+    def image(self) -> Tensor:
+        return ((self.parameters + 1) / 2).clamp(0, 1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        error = (2 * x - 1 - self.parameters) * (-self.log_sigma).exp()
+        return -(0.5 * error.square() + self.log_sigma + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+class Logistic:
+    """A mixture of K discretised logistics on 8-bit values (Salimans et al. 2017, PixelCNN++, section 2.1-2.2).
+
+    A true probability: it sums to one over the 256^(C H W) images. Channel c's mean moves linearly with the values
+    of the channels before it (R -> G -> B). Per mixture component the map holds one weight, C means, C log scales
+    and C (C - 1) / 2 coefficients.
+    """
+
+    def __init__(self, parameters: Tensor, c: int, mixtures: int):
+        self.parameters = parameters
+        b, _, h, w = parameters.shape
+        params = parameters.view(b, mixtures, -1, h, w)
+        self.log_pi = params[:, :, 0].log_softmax(1)  # (B, K, H, W)
+        self.mean, log_scale, coeff = params[:, :, 1:].split([c, c, c * (c - 1) // 2], dim=2)  # (B, K, ., H, W)
+        self.log_scale = log_scale.clamp(-7, 7)
+        self.coeff = coeff.tanh()
+
+    @staticmethod
+    def channels(c: int, mixtures: int) -> int:
+        return mixtures * (1 + 2 * c + c * (c - 1) // 2)
+
+    def means_given(self, x: Tensor | None) -> Tensor:
+        """Means (B, K, C, H, W), shifted by the channels before each: x's (B, C, H, W), or the means' own."""
+        means, first = [], 0
+        for channel in range(self.mean.shape[2]):
+            mean = self.mean[:, :, channel]
+            for before in range(channel):
+                value = means[before] if x is None else x[:, None, before]
+                mean = mean + self.coeff[:, :, first + before] * value
+            first += channel
+            means.append(mean)
+        return torch.stack(means, dim=2)
+
+    @property
+    def image(self) -> Tensor:
+        mean = (self.log_pi.exp()[:, :, None] * self.means_given(None)).sum(1)
+        return ((mean + 1) / 2).clamp(0, 1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        x = 2 * (255 * x).round() / 255 - 1
+        centred = x[:, None] - self.means_given(x)
+        inverse = (-self.log_scale).exp()
+        upper, lower = inverse * (centred + 1 / 255), inverse * (centred - 1 / 255)  # edges of x's bin
+        # log(s(u) - s(l)) = log(1 - e^(l-u)) + log s(u) + log s(-l): exact however small the difference
+        inside = torch.log(-torch.expm1(lower - upper)) + F.logsigmoid(upper) + F.logsigmoid(-lower)
+        edge = x[:, None].expand_as(centred)
+        log_p = torch.where(edge < -0.999, F.logsigmoid(upper),  # the outermost bins reach to infinity
+                            torch.where(edge > 0.999, F.logsigmoid(-lower), inside))
+        return torch.logsumexp(self.log_pi + log_p.sum(2), dim=1).flatten(1).sum(1)

@@ -1,0 +1,497 @@
+"""HVAE: a hierarchical variational autoencoder with L latent levels, z_1 nearest the image and z_L at the top.
+
+    generation   p(x, z) = p(x|z_1) prod_l p(z_l | z_{l+1}) p(z_L)
+    inference    q(z|x)  = q(z_1|x) prod_l q(z_{l+1} | z_l)                  "bottom-up"
+                 q(z|x)  = q(z_L|x) prod_l q(z_l | z_{l+1..L}, x)            "top-down"
+
+    -ELBO = reconstruction  -E log p(x|z_1)
+          + prior matching   KL(q(z_L|.) || N(0, I))
+          + consistency      sum_{l<L} KL(q(z_l|.) || p(z_l|z_{l+1}))        all in nats per image
+
+In the code a level's index is l - 1: `levels[0]` holds z_1.
+"""
+
+import math
+import pickle
+from pathlib import Path
+from typing import Callable, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blocks import Block, Layer, Size, build, mirror, pixels, plan, project
+from likelihoods import Bernoulli, Gaussian, Logistic
+
+DIGITS = "0123456789"
+UPPERCASE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# The shipped checkpoint: features at 8x20 and 4x10, where glyphs and their layout live.
+OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
+INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("res", 128)]]
+LATENT_CHANNELS = (4, 4, 4, 8, 8)
+
+
+class ELBO(NamedTuple):
+    """The terms of the evidence lower bound, per image, in nats."""
+
+    reconstruction: Tensor  # (B,)    -log p(x|z_1)
+    kl: Tensor  # (B, L)  KL(q(z_l|.) || p(z_l|.)), column l-1 for z_l
+    elbo: Tensor  # (B,)    -(reconstruction + sum of kl) <= log p(x)
+    log_weight: Tensor  # (B,)    log p(x, z) - log q(z|x) of the z drawn; its mean is the ELBO too
+
+
+class Normal(NamedTuple):
+    """A diagonal Gaussian N(mu, exp(logvar)), any shape (B, ...)."""
+
+    mu: Tensor
+    logvar: Tensor
+
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(self.mu.shape, generator=generator, device=generator.device if generator else self.mu.device)
+        return self.mu + temperature * (0.5 * self.logvar).exp() * noise.to(self.mu)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(B,) nats."""
+        squares = (z - self.mu).square() * (-self.logvar).exp()
+        return -0.5 * (squares + self.logvar + math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+def kl_divergence(q: Normal, p: Normal) -> Tensor:
+    """KL(q || p) in closed form, (B,) nats (Kingma & Welling 2014, appendix B, for two Gaussians)."""
+    ratio = (q.logvar - p.logvar).exp() + (q.mu - p.mu).square() * (-p.logvar).exp()
+    return 0.5 * (ratio - 1 + p.logvar - q.logvar).flatten(1).sum(1)
+
+
+class Head(nn.Module):
+    """Features (B, c, *size) -> the mu and logvar of a latent, (B, c_z, *size) each, in float32."""
+
+    def __init__(self, c: int, c_z: int, size: Size, logvar: float):
+        super().__init__()
+        self.hidden = project(c, c, size, kernel=3)
+        self.out = project(c, 2 * c_z, size)
+        with torch.no_grad():
+            self.out.weight *= 0.1  # starts near N(0, exp(logvar)), yet not dead
+            self.out.bias.zero_()[c_z:] += logvar
+
+    def forward(self, h: Tensor) -> Normal:
+        mu, logvar = self.out(F.silu(self.hidden(F.silu(h)))).float().chunk(2, dim=1)
+        return Normal(mu, logvar.clamp(-10, 10))
+
+
+class Level(nn.Module):
+    """The latent z_l: its prior p, its posterior q, and its way into the generation path.
+
+    d are the inference features (B, c, *size), h the generation features (B, c_h, *size).
+    """
+
+    def __init__(self, c: int, c_h: int, c_out: int, c_z: int, size: Size, top: bool, top_down: bool):
+        super().__init__()
+        self.shape = (c_z, *size)
+        self.top_down = top_down
+        self.p = None if top else Head(c_h, c_z, size, logvar=0.0)
+        self.q = Head(c + c_h if top_down else c, c_z, size, logvar=-3.0)
+        self.from_z = project(c_z, c_out, size)
+        if top_down:
+            self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
+
+    def prior(self, h: Tensor) -> Normal:
+        """p(z_l | z_{l+1..L}); p(z_L) = N(0, I)."""
+        if self.p is None:
+            zeros = torch.zeros(len(h), *self.shape, device=h.device)
+            return Normal(zeros, zeros)
+        return self.p(h)
+
+    def posterior(self, d: Tensor, h: Tensor, p: Normal) -> Normal:
+        """q(z_l|.): from d alone, or (top-down) from d and h as a correction to p (Vahdat & Kautz 2020, eq. 4)."""
+        if not self.top_down:
+            return self.q(d)
+        correction = self.q(torch.cat([d, h], dim=1))
+        return Normal(p.mu + correction.mu, (p.logvar + correction.logvar).clamp(-14, 10))
+
+    def merge(self, h: Tensor, z: Tensor) -> Tensor:
+        """What the generation block below receives, (B, c_out, *size): z, and the features h if top-down."""
+        z = F.silu(self.from_z(z))
+        return z + self.from_h(h) if self.top_down else z
+
+
+class TextInput(nn.Module):
+    """The text y (B, T) as features for a map h (B, c, H, W): every position asks "which symbol is drawn here?".
+
+    The answer is a softmax over the T symbols and "none". It starts as the symbols spread evenly over the width
+    and learns from h where the captcha's layout really puts them. A vector h receives all symbols at once.
+    """
+
+    def __init__(self, c: int, size: Size, text_length: int, symbols: int):
+        super().__init__()
+        self.size = size
+        self.embedding = nn.Embedding(symbols, c)
+        if not size:
+            self.flat = nn.Linear(text_length * c, c)
+            return
+        self.which = nn.Conv2d(c, text_length + 1, 1)
+        column = (torch.arange(size[1]) + 0.5) / size[1] * text_length  # in symbols from the left
+        distance = column - (torch.arange(text_length)[:, None] + 0.5)
+        logits = torch.cat([-distance.square(), torch.full((1, size[1]), -2.0)])
+        self.bias = nn.Parameter(logits[:, None].repeat(1, size[0], 1))  # (T+1, H, W)
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        symbols = self.embedding(y)  # (B, T, c)
+        if not self.size:
+            return h + self.flat(symbols.flatten(1))
+        share = (self.which(h) + self.bias).softmax(dim=1)[:, :-1]  # (B, T, H, W)
+        return h + torch.einsum("bthw,btc->bchw", share, symbols.to(share.dtype))
+
+
+class HVAE(nn.Module):
+    """Hierarchical VAE. HVAE() is the architecture of checkpoints/hvae.pt.
+
+    Args:
+        outer_config: list of tuples that builds q(z_1|x); p(x|z_1) is its mirror.
+        inner_config: list of such lists, one per level above the first; the number of levels is its length + 1.
+        input_size, input_channels: of the images, (H, W) and C.
+        latent_channels: channels of every latent, or one number per level from z_1 up.
+        inference: 'top-down' (ladder) or 'bottom-up' (Markov chain).
+        likelihood: 'gaussian', 'bernoulli' or 'logistic'.
+        sigma: of the gaussian, for images in [-1, 1]; None learns it.
+        mixtures: components of the logistic.
+        text_length, charset: condition on texts of that length; text_length=None is the unconditional model.
+
+    Raises:
+        ValueError: naming the argument, or the block and layer of a config, that is at fault.
+    """
+
+    def __init__(
+        self,
+        outer_config: Sequence[tuple] = OUTER_CONFIG,
+        inner_config: Sequence[Sequence[tuple]] = INNER_CONFIG,
+        input_size: tuple[int, int] = (60, 160),
+        input_channels: int = 3,
+        latent_channels: int | Sequence[int] = LATENT_CHANNELS,
+        inference: str = "top-down",
+        likelihood: str = "gaussian",
+        sigma: float | None = 0.2,
+        mixtures: int = 1,
+        text_length: int | None = 4,
+        charset: str = DIGITS + UPPERCASE,
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        check_arguments(**self.config)
+        self.config.update(outer_config=plain(outer_config), inner_config=plain(inner_config),
+                           input_size=tuple(input_size), latent_channels=plain(latent_channels))
+        self.top_down = inference == "top-down"
+        self.input_shape = (input_channels, *input_size)
+        self.text_length, self.charset = text_length, charset
+        self.likelihood, self.mixtures = likelihood, mixtures
+        self.provenance: dict = {}  # where the weights come from; travels with save() and load()
+
+        up, down = self.plan_blocks()
+        widths = [block[-1].c_out for block in up]  # channels and size of the inference features d_1 ... d_L
+        sizes = [block[-1].size_out for block in up]
+        c_z = channels_per_level(latent_channels, len(up))
+        L = len(up)
+
+        # inference[0] is the outer block, inference[l] leads from level l to level l+1, and generation[l] back
+        self.inference = nn.ModuleList(Block(block) for block in up)
+        self.generation = nn.ModuleList(Block(block) for block in down)
+        self.levels = nn.ModuleList()
+        for l in range(L):
+            c_h = down[l + 1][-1].c_out if l + 1 < L else widths[l]
+            c_out = down[l][0].c_in if down[l] else widths[l]
+            self.levels.append(Level(widths[l], c_h, c_out, c_z[l], sizes[l], l + 1 == L, self.top_down))
+        if not self.top_down:  # the Markov chain reads z_l alone
+            self.stems = nn.ModuleList(project(c_z[l], widths[l], sizes[l]) for l in range(L - 1))
+        else:
+            self.h_top = nn.Parameter(0.1 * torch.randn(1, widths[-1], *sizes[-1]))  # generation's first features
+        if text_length is not None:
+            text = lambda c, size: TextInput(c, size, text_length, len(charset))
+            self.texts = nn.ModuleList(text(level.from_z.weight.shape[0], sizes[l]) for l, level in enumerate(self.levels))
+            if self.top_down:
+                self.text_top = text(widths[-1], sizes[-1])
+        if likelihood == "gaussian":
+            log_sigma = torch.tensor(math.log(0.5 if sigma is None else sigma))
+            self.log_sigma = nn.Parameter(log_sigma, requires_grad=sigma is None)
+
+    def plan_blocks(self) -> tuple[list[list[Layer]], list[list[Layer]]]:
+        """Plans of the inference blocks and of the generation blocks, level 1 first; also makes `to_image`."""
+        config = self.config
+        c, size = self.input_shape[0], self.input_shape[1:]
+        up = [plan(config["outer_config"], c, size, "outer_config")]
+        for i, block in enumerate(config["inner_config"]):
+            up.append(plan(block, up[-1][-1].c_out, up[-1][-1].size_out, f"inner_config[{i}]"))
+
+        outer = mirror(up[0])
+        c_x = {"bernoulli": Bernoulli.channels, "gaussian": Gaussian.channels,
+               "logistic": lambda c: Logistic.channels(c, self.mixtures)}[self.likelihood](c)
+        if outer[-1].kind == "convt":  # the mirror's last convolution yields p(x|z_1)'s parameters as they are
+            last = outer.pop()
+        else:
+            last = Layer("convt", c, c, size, size)
+        self.to_image = build(last._replace(c_out=c_x, bn=False))[0]
+        # a block that keeps the size is its own mirror: both directions are built from the same list
+        keeps_size = lambda block: block[0].size_in == block[-1].size_out != ()
+        return up, [outer] + [block if keeps_size(block) else mirror(block) for block in up[1:]]
+
+    # ---------------------------------------------------------------------------------------------- ELBO
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> ELBO:
+        """The ELBO's terms of images x (B, C, H, W) in [0, 1] with texts y (B, T), one draw of z per image."""
+        p_x, draws = self.infer(x, y)
+        with torch.autocast(x.device.type, enabled=False):
+            log_p_x = p_x.log_prob(x.float())
+            kl = torch.stack([kl_divergence(q, p) for q, p, z in draws], dim=1)
+            log_weight = log_p_x + sum(p.log_prob(z) - q.log_prob(z) for q, p, z in draws)
+        return ELBO(-log_p_x, kl, log_p_x - kl.sum(1), log_weight)
+
+    def infer(self, x: Tensor, y: Tensor | None = None):
+        """q(z|x): returns p(x|z_1) and, per level from z_1 up, the triple (q, p, z) with z drawn from q."""
+        self.check_images(x)
+        draws: list = [None] * len(self.levels)
+        if not self.top_down:
+            zs, qs = self.climb(x)
+            p_x = self.generate(len(x), y, lambda l, p, h: self.record(draws, l, qs[l], p, zs[l]))
+            return p_x, draws
+        d = []  # the deterministic inference features d_1 ... d_L
+        for block in self.inference:
+            d.append(block(d[-1] if d else x))
+
+        def draw(l: int, p: Normal, h: Tensor) -> Tensor:
+            q = self.levels[l].posterior(d[l], h, p)
+            return self.record(draws, l, q, p, q.sample())
+
+        return self.generate(len(x), y, draw), draws
+
+    def climb(self, x: Tensor) -> tuple[list[Tensor], list[Normal]]:
+        """The bottom-up chain: z_1 ~ q(z_1|x), then z_{l+1} ~ q(z_{l+1}|z_l)."""
+        zs, qs, h = [], [], x
+        for l, (block, level) in enumerate(zip(self.inference, self.levels)):
+            q = level.q(block(h))
+            z = q.sample()
+            zs.append(z)
+            qs.append(q)
+            if l < len(self.stems):
+                h = self.stems[l](z)
+        return zs, qs
+
+    @staticmethod
+    def record(draws: list, l: int, q: Normal, p: Normal, z: Tensor) -> Tensor:
+        draws[l] = (q, p, z)
+        return z
+
+    def generate(self, n: int, y: Tensor | None, choose: Callable[[int, Normal, Tensor], Tensor]):
+        """The generation path from z_L down to p(x|z_1).
+
+        `choose(l, p, h)` returns the z of levels[l], given its prior p and the generation features h: a draw from
+        the posterior in training, from the prior in sampling.
+        """
+        self.check_text(n, y)
+        top = self.levels[-1]
+        if self.top_down:
+            h = self.h_top.expand(n, *self.h_top.shape[1:])
+            h = h if y is None else self.text_top(h, y)
+        else:
+            h = top.from_z.weight.new_zeros(n, 1)  # carries nothing but the batch size
+        for l in reversed(range(len(self.levels))):
+            level = self.levels[l]
+            z = choose(l, level.prior(h), h)
+            h = level.merge(h, z)
+            h = h if y is None else self.texts[l](h, y)
+            h = self.generation[l](h)
+        with torch.autocast(h.device.type, enabled=False):  # the last convolution and the loss in full precision
+            return self.make_likelihood(self.to_image(h.float()))
+
+    def make_likelihood(self, parameters: Tensor) -> Bernoulli | Gaussian | Logistic:
+        """p(x|z_1) from its parameter map."""
+        if self.likelihood == "bernoulli":
+            return Bernoulli(parameters)
+        if self.likelihood == "gaussian":
+            return Gaussian(parameters, self.log_sigma)
+        return Logistic(parameters, self.input_shape[0], self.mixtures)
+
+    @torch.no_grad()
+    def set_output_level(self, x: Tensor) -> None:
+        """Starts p(x|z_1) at the mean of images x (B, C, H, W) instead of at grey: training begins sooner."""
+        mean = x.mean((0, 2, 3)).clamp(0.01, 0.99)
+        c = len(mean)
+        if self.likelihood == "bernoulli":
+            self.to_image.bias.copy_(mean.logit())
+        elif self.likelihood == "gaussian":
+            self.to_image.bias.copy_(2 * mean - 1)
+        else:
+            bias = self.to_image.bias.view(self.mixtures, -1)
+            bias[:, 1 : 1 + c] = 2 * mean - 1
+            bias[:, 1 + c : 1 + 2 * c] = -1.5  # a scale that spans the differences between pixels
+            bias[:, 1 + 2 * c :] = 0  # the means already hold what the other channels would tell
+
+    # ---------------------------------------------------------------------------------------------- use
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
+        """Latents [z_1 ... z_L] drawn from q(z|x): (B, c_z, H_l, W_l) each, or (B, c_z) after a 'dense'."""
+        return [z for _, _, z in self.infer(x, y)[1]]
+
+    def decode(self, latents: Sequence[Tensor], y: Tensor | None = None) -> Bernoulli | Gaussian | Logistic:
+        """p(x|z_1) for latents [z_1 ... z_L]: `.parameters`, `.image` (B, C, H, W) in [0, 1], `.log_prob(x)`."""
+        if len(latents) != len(self.levels):
+            raise ValueError(f"expected {len(self.levels)} latents, got {len(latents)}")
+        for l, (z, level) in enumerate(zip(latents, self.levels)):
+            if tuple(z.shape[1:]) != level.shape:
+                raise ValueError(f"z_{l + 1}: expected shape (B, {', '.join(map(str, level.shape))}), got {tuple(z.shape)}")
+        return self.generate(len(latents[0]), y, lambda l, p, h: latents[l])
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] decoded from one draw of q(z|x)."""
+        return self.infer(x, y)[0].image
+
+    @torch.no_grad()
+    def sample(self, n: int, text: str | Sequence[str] | None = None, temperature: float = 1.0,
+               generator: torch.Generator | None = None) -> Tensor:
+        """Draws n images (n, C, H, W) in [0, 1] from the prior; each is the mean of p(x|z_1).
+
+        Args:
+            text: one text for all images or a list of n; None draws one uniformly per image (if conditional).
+            temperature: multiplies every prior's standard deviation; 0 gives the modes.
+            generator: makes the draw repeatable.
+
+        Raises:
+            ValueError: n or the temperature is negative, or the text does not fit the model.
+        """
+        y = self.draw_text(n, text, generator)
+        if not math.isfinite(temperature) or temperature < 0:
+            raise ValueError(f"temperature must be a number >= 0, got {temperature}")
+        if n == 0:
+            return torch.zeros(0, *self.input_shape)
+        return self.generate(n, y, lambda l, p, h: p.sample(temperature, generator)).image
+
+    def draw_text(self, n: int, text: str | Sequence[str] | None = None,
+                  generator: torch.Generator | None = None) -> Tensor | None:
+        """Texts for n images as indices (n, T); None for an unconditional model."""
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+            raise ValueError(f"n must be a whole number >= 0, got {n!r}")
+        if self.text_length is None:
+            if text is not None:
+                raise ValueError("this model is unconditional (text_length=None); it cannot draw a given text")
+            return None
+        device = self.to_image.weight.device
+        if text is None:
+            source = generator.device if generator else device
+            return torch.randint(len(self.charset), (n, self.text_length), generator=generator, device=source).to(device)
+        texts = [text] * n if isinstance(text, str) else list(text)
+        if len(texts) != n:
+            raise ValueError(f"got {len(texts)} texts for {n} images")
+        for t in texts:
+            if len(t) != self.text_length or not set(t) <= set(self.charset):
+                raise ValueError(f"text {t!r}: expected {self.text_length} symbols of {self.charset}")
+        return torch.tensor([[self.charset.index(s) for s in t] for t in texts], device=device).view(n, -1)
+
+    # ---------------------------------------------------------------------------------------------- checks, files
+
+    def check_images(self, x: Tensor) -> None:
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.input_shape:
+            raise ValueError(f"expected images (B, {', '.join(map(str, self.input_shape))}), got {tuple(x.shape)}")
+
+    def check_text(self, n: int, y: Tensor | None) -> None:
+        if self.text_length is None:
+            if y is not None:
+                raise ValueError("this model is unconditional (text_length=None): y must be None")
+        elif y is None:
+            raise ValueError(f"this model is conditional on a text: pass y, indices (B, {self.text_length}) into its charset")
+        elif tuple(y.shape) != (n, self.text_length) or y.dtype != torch.long:
+            raise ValueError(f"expected y as int64 ({n}, {self.text_length}), got {y.dtype} {tuple(y.shape)}")
+        elif n and not (0 <= int(y.min()) and int(y.max()) < len(self.charset)):
+            raise ValueError(f"y has indices outside the charset's 0..{len(self.charset) - 1}")
+
+    def save(self, path: str | Path) -> None:
+        """Writes config, weights and provenance into one file."""
+        weights = {k: v.detach().cpu() for k, v in self.state_dict().items()}
+        torch.save({"format": "hvae-1", "config": self.config, "weights": weights, "provenance": self.provenance}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None) -> "HVAE":
+        """Reads a file written by save(), in eval mode. Runs no code from the file (weights_only).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: naming the file and what is wrong with it.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such checkpoint")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'})") from None
+        if not isinstance(content, dict) or content.get("format") != "hvae-1":
+            raise ValueError(f"{path}: not an HVAE checkpoint (no format 'hvae-1' in it)")
+        missing = {"config", "weights"} - set(content)
+        if missing:
+            raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}")
+        try:
+            model = cls(**content["config"])
+            model.load_state_dict(content["weights"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: its config and weights do not fit this version: {error}") from None
+        model.provenance = content.get("provenance", {})
+        return model.to(device or "cpu").eval()
+
+    def summary(self) -> str:
+        """The levels, their sizes and parameter counts, top first, and the outer block in both directions."""
+        count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+        rows = [("", "latent", "values", "inference block", "generation block", "parameters")]
+        for l in reversed(range(len(self.levels))):
+            level = self.levels[l]
+            shape = "x".join(map(str, level.shape))
+            rows.append((f"z_{l + 1}", shape, str(pixels(level.shape)), brief(self.inference[l]), brief(self.generation[l]),
+                         f"{count(self.inference[l], self.generation[l], level):,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        text = f"texts of {self.text_length} from {len(self.charset)} symbols" if self.text_length else "no text"
+        c, h, w = self.input_shape
+        head = (f"HVAE, {len(self.levels)} levels, {self.config['inference']}, {self.likelihood}, images {c}x{h}x{w}, "
+                f"{text}, {count(self):,} parameters")
+        return "\n".join([head, *lines])
+
+
+def brief(block: Block) -> str:
+    """A block in a few words: 'conv 32, pool 2' (channels after each layer, or its factor or index)."""
+    number = lambda layer: layer.arg if layer.kind in ("pool", "upsample", "skip-up", "skip-down") else layer.c_out
+    stride = lambda layer: f"/{layer.arg}" if layer.kind in ("conv", "convt") and layer.arg > 1 else ""
+    return ", ".join(f"{layer.kind}{'-bn' * layer.bn} {number(layer)}{stride(layer)}" for layer in block.plan)
+
+
+def plain(config):
+    """A config as lists of tuples of plain values, whatever sequences it came in."""
+    if isinstance(config, (list, tuple)):
+        return [tuple(i) if isinstance(i, (list, tuple)) and i and isinstance(i[0], str) else plain(i) for i in config]
+    return config
+
+
+def channels_per_level(latent_channels: int | Sequence[int], levels: int) -> list[int]:
+    channels = [latent_channels] * levels if isinstance(latent_channels, int) else list(latent_channels)
+    if len(channels) != levels or not all(isinstance(c, int) and not isinstance(c, bool) and c > 0 for c in channels):
+        raise ValueError(f"latent_channels: expected a positive number, or {levels} (one per level), got {latent_channels!r}")
+    return channels
+
+
+def check_arguments(outer_config, inner_config, input_size, input_channels, latent_channels, inference, likelihood,
+                    sigma, mixtures, text_length, charset) -> None:
+    """Raises ValueError naming the first argument that cannot be right; the configs are checked by plan()."""
+    positive = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
+    if not (isinstance(input_size, (tuple, list)) and len(input_size) == 2 and all(map(positive, input_size))):
+        raise ValueError(f"input_size: expected (height, width), got {input_size!r}")
+    if not isinstance(inner_config, (list, tuple)):
+        raise ValueError(f"inner_config: expected a list of lists of tuples, got {inner_config!r}")
+    for name, n in [("input_channels", input_channels), ("mixtures", mixtures)]:
+        if not positive(n):
+            raise ValueError(f"{name}: expected a positive whole number, got {n!r}")
+    if inference not in ("top-down", "bottom-up"):
+        raise ValueError(f"inference: expected 'top-down' or 'bottom-up', got {inference!r}")
+    if likelihood not in ("gaussian", "bernoulli", "logistic"):
+        raise ValueError(f"likelihood: expected 'gaussian', 'bernoulli' or 'logistic', got {likelihood!r}")
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"sigma: expected a positive number or None, got {sigma!r}")
+    if text_length is not None and not positive(text_length):
+        raise ValueError(f"text_length: expected a positive whole number or None, got {text_length!r}")
+    if text_length is not None and (not isinstance(charset, str) or not charset or len(set(charset)) != len(charset)):
+        raise ValueError(f"charset: expected a string of different symbols, got {charset!r}")
