@@ -8,6 +8,7 @@
 name of its block and layer, and `mirror` can restore odd sizes exactly.
 """
 
+import math
 from typing import NamedTuple, Sequence
 
 import torch
@@ -134,8 +135,8 @@ def _undo(reductions: list[list], factor: int, size: Size) -> Size:
         elif left % factor == 0:  # undoes a part of it
             reductions[-1][0] = left // factor
             break
-        else:
-            break
+        else:  # undoes nothing: from here on the map has a size of its own
+            reductions.clear()
     return tuple(n * factor for n in size)
 
 
@@ -209,17 +210,21 @@ class ConvTranspose(nn.ConvTranspose2d):
 
 
 class Res(nn.Module):
-    """Pre-activation residual block (He et al. 2016): h + conv(act(conv(act(h))))."""
+    """Pre-activation residual block (He et al. 2016): h + conv(act(conv(act(norm(h))))).
+
+    Group normalisation keeps no statistics between batches, so training and sampling see the same function.
+    """
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
+        self.norm = nn.GroupNorm(math.gcd(8, c_in), c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         self.conv2.weight.data *= 0.25  # so that the variance of a stack of twenty stays near its input's
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.shortcut(h) + self.conv2(F.silu(self.conv1(F.silu(h))))
+        return self.shortcut(h) + self.conv2(F.silu(self.conv1(F.silu(self.norm(h)))))
 
 
 def pixels(size: Size) -> int:

@@ -91,8 +91,9 @@ class Logistic:
         centred = x[:, None] - self.means_given(x)
         inverse = (-self.log_scale).exp()
         upper, lower = inverse * (centred + 1 / 255), inverse * (centred - 1 / 255)  # edges of x's bin
-        # log(s(u) - s(l)) = log(1 - e^(l-u)) + log s(u) + log s(-l): exact however small the difference
-        inside = torch.log(-torch.expm1(lower - upper)) + F.logsigmoid(upper) + F.logsigmoid(-lower)
+        # log(s(u) - s(l)) = log(1 - e^(l-u)) + log s(u) + log s(-l), exact however small the difference; u - l is the
+        # bin's width 2/255 over the scale
+        inside = torch.log(-torch.expm1(-2 / 255 * inverse)) + F.logsigmoid(upper) + F.logsigmoid(-lower)
         edge = x[:, None].expand_as(centred)
         log_p = torch.where(edge < -0.999, F.logsigmoid(upper),  # the outermost bins reach to infinity
                             torch.where(edge > 0.999, F.logsigmoid(-lower), inside))

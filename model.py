@@ -12,7 +12,6 @@ In the code a level's index is l - 1: `levels[0]` holds z_1.
 """
 
 import math
-import pickle
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -51,6 +50,10 @@ class Normal(NamedTuple):
         noise = torch.randn(self.mu.shape, generator=generator, device=generator.device if generator else self.mu.device)
         return self.mu + temperature * (0.5 * self.logvar).exp() * noise.to(self.mu)
 
+    def entropy(self) -> Tensor:
+        """(B,) nats."""
+        return 0.5 * (self.logvar + math.log(2 * math.pi) + 1).flatten(1).sum(1)
+
     def log_prob(self, z: Tensor) -> Tensor:
         """(B,) nats."""
         squares = (z - self.mu).square() * (-self.logvar).exp()
@@ -64,19 +67,20 @@ def kl_divergence(q: Normal, p: Normal) -> Tensor:
 
 
 class Head(nn.Module):
-    """Features (B, c, *size) -> the mu and logvar of a latent, (B, c_z, *size) each, in float32."""
+    """Features (B, c_in, *size) -> the mu and logvar of a latent, (B, c_z, *size) each, in float32."""
 
-    def __init__(self, c: int, c_z: int, size: Size, logvar: float):
+    def __init__(self, c_in: int, c: int, c_z: int, size: Size, logvar: float):
         super().__init__()
-        self.hidden = project(c, c, size, kernel=3)
+        self.norm = nn.GroupNorm(1, c_in)  # without it a latent's KL can run away in the first steps
+        self.hidden = project(c_in, c, size)
         self.out = project(c, 2 * c_z, size)
         with torch.no_grad():
             self.out.weight *= 0.1  # starts near N(0, exp(logvar)), yet not dead
             self.out.bias.zero_()[c_z:] += logvar
 
     def forward(self, h: Tensor) -> Normal:
-        mu, logvar = self.out(F.silu(self.hidden(F.silu(h)))).float().chunk(2, dim=1)
-        return Normal(mu, logvar.clamp(-10, 10))
+        mu, logvar = self.out(F.silu(self.hidden(self.norm(h)))).float().chunk(2, dim=1)
+        return Normal(mu, logvar.clamp(-8, 4))
 
 
 class Level(nn.Module):
@@ -89,8 +93,8 @@ class Level(nn.Module):
         super().__init__()
         self.shape = (c_z, *size)
         self.top_down = top_down
-        self.p = None if top else Head(c_h, c_z, size, logvar=0.0)
-        self.q = Head(c + c_h if top_down else c, c_z, size, logvar=-3.0)
+        self.p = None if top else Head(c_h, c_h, c_z, size, logvar=0.0)
+        self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0)
         self.from_z = project(c_z, c_out, size)
         if top_down:
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
@@ -100,14 +104,21 @@ class Level(nn.Module):
         if self.p is None:
             zeros = torch.zeros(len(h), *self.shape, device=h.device)
             return Normal(zeros, zeros)
-        return self.p(h)
+        p = self.p(h)
+        return Normal(p.mu, 2 * torch.tanh(p.logvar / 2))
 
     def posterior(self, d: Tensor, h: Tensor, p: Normal) -> Normal:
-        """q(z_l|.): from d alone, or (top-down) from d and h as a correction to p (Vahdat & Kautz 2020, eq. 4)."""
+        """q(z_l|.): what d says about z_l, or (top-down) that combined with p, weighted by precision.
+
+        The ladder's correction of the prior's mean and variance (Sonderby et al. 2016, eq. 17-18): the posterior is
+        the normalised product of p and N(mu, exp(logvar)), as if the features were one noisy observation of z_l. The
+        prior's mean thus has a direct gradient towards the data's, which a shift relative to it would not give.
+        """
         if not self.top_down:
             return self.q(d)
-        correction = self.q(torch.cat([d, h], dim=1))
-        return Normal(p.mu + correction.mu, (p.logvar + correction.logvar).clamp(-14, 10))
+        evidence = self.q(torch.cat([d, h], dim=1))
+        trust = torch.sigmoid(p.logvar - evidence.logvar)  # the evidence's share of the precision
+        return Normal(p.mu + trust * (evidence.mu - p.mu), evidence.logvar + F.logsigmoid(p.logvar - evidence.logvar))
 
     def merge(self, h: Tensor, z: Tensor) -> Tensor:
         """What the generation block below receives, (B, c_out, *size): z, and the features h if top-down."""
@@ -179,7 +190,8 @@ class HVAE(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         check_arguments(**self.config)
         self.config.update(outer_config=plain(outer_config), inner_config=plain(inner_config),
-                           input_size=tuple(input_size), latent_channels=plain(latent_channels))
+                           input_size=tuple(input_size), latent_channels=plain(latent_channels),
+                           sigma=None if sigma is None else float(sigma))
         self.top_down = inference == "top-down"
         self.input_shape = (input_channels, *input_size)
         self.text_length, self.charset = text_length, charset
@@ -240,9 +252,19 @@ class HVAE(nn.Module):
         p_x, draws = self.infer(x, y)
         with torch.autocast(x.device.type, enabled=False):
             log_p_x = p_x.log_prob(x.float())
-            kl = torch.stack([kl_divergence(q, p) for q, p, z in draws], dim=1)
+            kl = torch.stack([self.kl(l, *draw) for l, draw in enumerate(draws)], dim=1)
             log_weight = log_p_x + sum(p.log_prob(z) - q.log_prob(z) for q, p, z in draws)
         return ELBO(-log_p_x, kl, log_p_x - kl.sum(1), log_weight)
+
+    def kl(self, l: int, q: Normal, p: Normal, z: Tensor) -> Tensor:
+        """The KL term of levels[l], (B,) nats.
+
+        In the bottom-up chain p(z_l|z_{l+1}) depends on z_l itself, because z_{l+1} was drawn from it. The closed form
+        would take the two for independent, so there log p is taken at the z_l drawn: unbiased, if noisier.
+        """
+        if self.top_down or l + 1 == len(self.levels):
+            return kl_divergence(q, p)
+        return -q.entropy() - p.log_prob(z)
 
     def infer(self, x: Tensor, y: Tensor | None = None):
         """q(z|x): returns p(x|z_1) and, per level from z_1 up, the triple (q, p, z) with z drawn from q."""
@@ -336,8 +358,9 @@ class HVAE(nn.Module):
         if len(latents) != len(self.levels):
             raise ValueError(f"expected {len(self.levels)} latents, got {len(latents)}")
         for l, (z, level) in enumerate(zip(latents, self.levels)):
-            if tuple(z.shape[1:]) != level.shape:
-                raise ValueError(f"z_{l + 1}: expected shape (B, {', '.join(map(str, level.shape))}), got {tuple(z.shape)}")
+            shape = (len(latents[0]), *level.shape)
+            if tuple(z.shape) != shape:
+                raise ValueError(f"z_{l + 1}: expected shape {shape}, got {tuple(z.shape)}")
         return self.generate(len(latents[0]), y, lambda l, p, h: latents[l])
 
     @torch.no_grad()
@@ -362,7 +385,7 @@ class HVAE(nn.Module):
         if not math.isfinite(temperature) or temperature < 0:
             raise ValueError(f"temperature must be a number >= 0, got {temperature}")
         if n == 0:
-            return torch.zeros(0, *self.input_shape)
+            return self.to_image.weight.new_zeros(0, *self.input_shape)
         return self.generate(n, y, lambda l, p, h: p.sample(temperature, generator)).image
 
     def draw_text(self, n: int, text: str | Sequence[str] | None = None,
@@ -378,13 +401,14 @@ class HVAE(nn.Module):
         if text is None:
             source = generator.device if generator else device
             return torch.randint(len(self.charset), (n, self.text_length), generator=generator, device=source).to(device)
-        texts = [text] * n if isinstance(text, str) else list(text)
+        texts = list(text) if isinstance(text, (list, tuple)) else [text] * n
         if len(texts) != n:
             raise ValueError(f"got {len(texts)} texts for {n} images")
         for t in texts:
-            if len(t) != self.text_length or not set(t) <= set(self.charset):
+            if not isinstance(t, str) or len(t) != self.text_length or not set(t) <= set(self.charset):
                 raise ValueError(f"text {t!r}: expected {self.text_length} symbols of {self.charset}")
-        return torch.tensor([[self.charset.index(s) for s in t] for t in texts], device=device).view(n, -1)
+        indices = [[self.charset.index(symbol) for symbol in t] for t in texts]
+        return torch.tensor(indices, dtype=torch.long, device=device).view(n, self.text_length)
 
     # ---------------------------------------------------------------------------------------------- checks, files
 
@@ -420,8 +444,8 @@ class HVAE(nn.Module):
             raise FileNotFoundError(f"{path}: no such checkpoint")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'})") from None
+        except Exception as error:  # a damaged file fails in many ways, an unsafe one with UnpicklingError
+            raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
         if not isinstance(content, dict) or content.get("format") != "hvae-1":
             raise ValueError(f"{path}: not an HVAE checkpoint (no format 'hvae-1' in it)")
         missing = {"config", "weights"} - set(content)
@@ -430,7 +454,7 @@ class HVAE(nn.Module):
         try:
             model = cls(**content["config"])
             model.load_state_dict(content["weights"])
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: its config and weights do not fit this version: {error}") from None
         model.provenance = content.get("provenance", {})
         return model.to(device or "cpu").eval()
@@ -468,7 +492,7 @@ def plain(config):
 
 
 def channels_per_level(latent_channels: int | Sequence[int], levels: int) -> list[int]:
-    channels = [latent_channels] * levels if isinstance(latent_channels, int) else list(latent_channels)
+    channels = list(latent_channels) if isinstance(latent_channels, (list, tuple)) else [latent_channels] * levels
     if len(channels) != levels or not all(isinstance(c, int) and not isinstance(c, bool) and c > 0 for c in channels):
         raise ValueError(f"latent_channels: expected a positive number, or {levels} (one per level), got {latent_channels!r}")
     return channels
@@ -489,7 +513,7 @@ def check_arguments(outer_config, inner_config, input_size, input_channels, late
         raise ValueError(f"inference: expected 'top-down' or 'bottom-up', got {inference!r}")
     if likelihood not in ("gaussian", "bernoulli", "logistic"):
         raise ValueError(f"likelihood: expected 'gaussian', 'bernoulli' or 'logistic', got {likelihood!r}")
-    if sigma is not None and not sigma > 0:
+    if sigma is not None and not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
         raise ValueError(f"sigma: expected a positive number or None, got {sigma!r}")
     if text_length is not None and not positive(text_length):
         raise ValueError(f"text_length: expected a positive whole number or None, got {text_length!r}")

@@ -1,0 +1,184 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from likelihoods import Bernoulli, Gaussian, Logistic
+
+stable = settings(deadline=None, max_examples=25, derandomize=True)
+LEVELS = torch.arange(256) / 255
+IMAGES = {"black": torch.zeros(2, 3, 4, 5), "white": torch.ones(2, 3, 4, 5),
+          "random": torch.randint(256, (2, 3, 4, 5), generator=torch.Generator().manual_seed(0)) / 255}
+
+
+def random_parameters(seed, b, channels, h, w, scale=1.5):
+    """A map (b, channels, h, w) that keeps most of its mass within [-1, 1] for moderate scales."""
+    return scale * torch.randn(b, channels, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def sigmoid(t):
+    return float(torch.tensor(t, dtype=torch.float64).sigmoid())
+
+
+def logistic_reference(parameters, x, mixtures):
+    """log p(x) per image in float64, value by value, from CDF differences."""
+    b, c, h, w = x.shape
+    total = torch.zeros(b, dtype=torch.float64)
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                block = parameters[n, :, i, j].double().view(mixtures, -1)
+                values = [2 * round(255 * float(v)) / 255 - 1 for v in x[n, :, i, j]]
+                density = 0.0
+                for k in range(mixtures):
+                    p = float(block[:, 0].softmax(0)[k])
+                    mean, scale, a = block[k, 1 : 1 + c], block[k, 1 + c : 1 + 2 * c], block[k, 1 + 2 * c :].tanh()
+                    shift = [0.0] if c == 1 else [0.0, a[0] * values[0], a[1] * values[0] + a[2] * values[1]]
+                    for channel in range(c):
+                        s = math.exp(min(max(float(scale[channel]), -7), 7))
+                        centred = values[channel] - float(mean[channel] + shift[channel])
+                        edges = [(centred - 1 / 255) / s, (centred + 1 / 255) / s]
+                        low = -math.inf if values[channel] == -1 else edges[0]
+                        high = math.inf if values[channel] == 1 else edges[1]
+                        if low > 0:  # the same mass from the other tail, where float64 has digits left
+                            low, high = -high, -low
+                        p *= sigmoid(high) - sigmoid(low)
+                    density += p
+                total[n] += math.log(density)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ logistic
+
+
+@pytest.mark.parametrize("mixtures", [1, 3])
+@stable
+@given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.1, 1.5, 5.0, 50.0]))
+def test_logistic_sums_to_one_over_a_grey_pixel(mixtures, seed, scale):
+    parameters = random_parameters(seed, 1, Logistic.channels(1, mixtures), 1, 1, scale)
+    log_p = Logistic(parameters.expand(256, -1, 1, 1), 1, mixtures).log_prob(LEVELS.view(256, 1, 1, 1))
+    assert log_p.logsumexp(0).item() == pytest.approx(0, abs=2e-4)
+
+
+@pytest.mark.parametrize("mixtures", [1, 3])
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(seed=st.integers(0, 10**6), r=st.integers(0, 255), g=st.integers(0, 255))
+def test_logistic_marginals_over_the_last_channel(mixtures, seed, r, g):
+    """Summing blue out of p(r, g, b) leaves p(r, g), and summing green out of that leaves p(r): so all sums to one."""
+    block = random_parameters(seed, 1, Logistic.channels(3, mixtures), 1, 1, 1.0).double().view(mixtures, 10)
+    block[:, 4:7] -= 1.5  # scales; order: weight, 3 means, 3 scales, 3 coefficients (r->g, r->b, g->b)
+
+    def log_p(columns, x):
+        c = x.shape[1]
+        parameters = block[:, columns].reshape(1, -1, 1, 1).expand(len(x), -1, 1, 1)
+        return Logistic(parameters, c, mixtures).log_prob(x[:, :, None, None])
+
+    fixed = torch.tensor([r, g]).double() / 255
+    levels = LEVELS.double()[:, None]
+    rgb = log_p(list(range(10)), torch.cat([fixed.expand(256, 2), levels], 1)).logsumexp(0)
+    rg = log_p([0, 1, 2, 4, 5, 7], fixed[None])[0]
+    torch.testing.assert_close(rgb, rg, atol=1e-6, rtol=1e-6)
+    rg_summed = log_p([0, 1, 2, 4, 5, 7], torch.cat([fixed[:1].expand(256, 1), levels], 1)).logsumexp(0)
+    torch.testing.assert_close(rg_summed, log_p([0, 1, 4], fixed[None, :1])[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("c, mixtures", [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_logistic_against_a_reference(c, mixtures):
+    parameters = random_parameters(c, 3, Logistic.channels(c, mixtures), 2, 3, 1.0)
+    x = torch.randint(256, (3, c, 2, 3), generator=torch.Generator().manual_seed(1)) / 255
+    x[0], x[1, :, 0] = 0, 1  # the outermost bins too
+    expected = logistic_reference(parameters, x, mixtures)
+    torch.testing.assert_close(Logistic(parameters, c, mixtures).log_prob(x).double(), expected, atol=2e-3, rtol=1e-4)
+    exact = Logistic(parameters.double(), c, mixtures).log_prob(x.double())
+    torch.testing.assert_close(exact, expected, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("extreme", [1e4, 1e6])
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("mixtures", [1, 3])
+def test_logistic_is_finite_with_finite_gradients(mixtures, image, extreme):
+    channels = Logistic.channels(3, mixtures)
+    signs = torch.randint(2, (2, channels, 4, 5), generator=torch.Generator().manual_seed(2)) * 2.0 - 1
+    for parameters in (extreme * signs, torch.full_like(signs, extreme), torch.full_like(signs, -extreme), 0 * signs,
+                       random_parameters(3, 2, channels, 4, 5)):
+        parameters.requires_grad_()
+        p = Logistic(parameters, 3, mixtures)
+        log_p = p.log_prob(IMAGES[image])
+        log_p.sum().backward()
+        assert log_p.shape == (2,) and log_p.isfinite().all()
+        assert parameters.grad.isfinite().all()
+        assert 0 <= p.image.min() and p.image.max() <= 1
+
+
+def test_logistic_log_prob_is_never_positive():
+    """It is the probability of an 8-bit image, not a density."""
+    for scale in (0.1, 1.0, 10.0, 100.0):
+        p = Logistic(random_parameters(4, 2, Logistic.channels(3, 3), 4, 5, scale), 3, 3)
+        assert (p.log_prob(IMAGES["random"]) <= 1e-4).all()
+
+
+def test_logistic_reads_values_as_8_bit():
+    """Images within rounding of their 8-bit values are the same images."""
+    p = Logistic(random_parameters(5, 2, Logistic.channels(3, 1), 4, 5), 3, 1)
+    x = IMAGES["random"]
+    assert torch.equal(p.log_prob(x), p.log_prob((x + 0.001).clamp(0, 1)))
+
+
+def test_logistic_image_follows_the_channels():
+    """With coefficients near 1, the mean red shifts the mean green."""
+    parameters = torch.zeros(1, Logistic.channels(3, 1), 1, 1)
+    parameters[0, 1] = 0.5  # mean of red
+    parameters[0, 7] = 100.0  # red -> green: tanh is 1
+    image = Logistic(parameters, 3, 1).image[0, :, 0, 0]
+    torch.testing.assert_close(image, torch.tensor([0.75, 0.75, 0.5]))
+
+
+# ------------------------------------------------------------------------------------------------ gaussian, bernoulli
+
+
+@stable
+@given(seed=st.integers(0, 10**6), c=st.sampled_from([1, 3]))
+def test_bernoulli_against_torch_distributions(seed, c):
+    logits = random_parameters(seed, 2, Bernoulli.channels(c), 3, 4, 4.0).double()
+    x = torch.rand(2, c, 3, 4, generator=torch.Generator().manual_seed(seed)).double()
+    for x in (x, x.round()):
+        expected = torch.distributions.Bernoulli(logits=logits, validate_args=False).log_prob(x).sum((1, 2, 3))
+        torch.testing.assert_close(Bernoulli(logits).log_prob(x), expected)
+    torch.testing.assert_close(Bernoulli(logits).image, torch.distributions.Bernoulli(logits=logits).mean)
+
+
+@stable
+@given(seed=st.integers(0, 10**6), c=st.sampled_from([1, 3]), log_sigma=st.floats(-4, 2))
+def test_gaussian_against_torch_distributions(seed, c, log_sigma):
+    """A density over images in [-1, 1]."""
+    mean = random_parameters(seed, 2, Gaussian.channels(c), 3, 4).double()
+    x = torch.rand(2, c, 3, 4, generator=torch.Generator().manual_seed(seed)).double()
+    log_sigma = torch.tensor(log_sigma, dtype=torch.float64)
+    expected = torch.distributions.Normal(mean, log_sigma.exp()).log_prob(2 * x - 1).sum((1, 2, 3))
+    torch.testing.assert_close(Gaussian(mean, log_sigma).log_prob(x), expected)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("extreme", [-1e4, 0.0, 1e4])
+def test_gaussian_and_bernoulli_are_finite(image, extreme):
+    for build in (Bernoulli, lambda parameters: Gaussian(parameters, torch.tensor(-3.0))):
+        parameters = torch.full((2, 3, 4, 5), extreme, requires_grad=True)
+        p = build(parameters)
+        log_p = p.log_prob(IMAGES[image])
+        log_p.sum().backward()
+        assert log_p.shape == (2,) and log_p.isfinite().all() and parameters.grad.isfinite().all()
+        assert 0 <= p.image.min() and p.image.max() <= 1
+
+
+def test_gaussian_image_maps_back_to_0_1():
+    image = Gaussian(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).view(1, 1, 1, 5), torch.tensor(0.0)).image
+    assert image.flatten().tolist() == [0, 0, 0.5, 1, 1]
+
+
+def test_best_image_is_the_likeliest():
+    """Every likelihood prefers its own image to that image moved by 0.1."""
+    for p in (Gaussian(random_parameters(6, 2, 3, 4, 5, 0.3), torch.tensor(-1.0)),
+              Logistic(random_parameters(6, 2, Logistic.channels(3, 1), 4, 5, 0.3), 3, 1)):
+        assert (p.log_prob(p.image) > p.log_prob((p.image + 0.1).clamp(0, 1))).all()
