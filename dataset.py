@@ -168,8 +168,8 @@ class CaptchaDataset(Dataset):
 
         self.size, self.split, self.seed = size, split, seed
         self.image_size, self.text_length, self.charset = tuple(image_size), text_length, charset
-        fonts = [str(font) for font in fonts] if fonts is not None else None
-        font_sizes = tuple(font_sizes) if font_sizes is not None else None
+        self.fonts = fonts = [str(font) for font in fonts] if fonts is not None else None
+        self.font_sizes = font_sizes = tuple(font_sizes) if font_sizes is not None else None
         height, width = self.image_size
         self.renderer = captcha.image.ImageCaptcha(width, height, fonts, font_sizes)
         self.description = {
@@ -190,6 +190,11 @@ class CaptchaDataset(Dataset):
         libraries = [PIL.__version__, features.version("freetype2"), features.version("raqm")]
         key = json.dumps([self.description, contents, libraries], sort_keys=True)
         return hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+
+    def other_split(self, split: str, size: int) -> "CaptchaDataset":
+        """The same kind of captchas from another split, rendered on demand."""
+        return CaptchaDataset(size, split, self.image_size, self.text_length, self.charset, self.seed, self.fonts,
+                              self.font_sizes)
 
     def __len__(self) -> int:
         return self.size

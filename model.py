@@ -25,10 +25,10 @@ from likelihoods import Bernoulli, Gaussian, Logistic
 DIGITS = "0123456789"
 UPPERCASE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# The shipped checkpoint: features at 8x20 and 4x10, where glyphs and their layout live.
+# The shipped checkpoint: a vector for the whole, a 4x10 map for the layout, three 8x20 maps for the strokes.
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
-INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("res", 128)]]
-LATENT_CHANNELS = (4, 4, 4, 8, 8)
+INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
+LATENT_CHANNELS = (4, 4, 4, 8, 32)
 
 
 class ELBO(NamedTuple):
@@ -247,9 +247,12 @@ class HVAE(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- ELBO
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> ELBO:
-        """The ELBO's terms of images x (B, C, H, W) in [0, 1] with texts y (B, T), one draw of z per image."""
-        p_x, draws = self.infer(x, y)
+    def forward(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None) -> ELBO:
+        """The ELBO's terms of images x (B, C, H, W) in [0, 1] with texts y (B, T), one draw of z per image.
+
+        `closed` (B,) is for training: how many of an image's lowest levels do not see x but take their prior's mean.
+        """
+        p_x, draws = self.infer(x, y, closed)
         with torch.autocast(x.device.type, enabled=False):
             log_p_x = p_x.log_prob(x.float())
             kl = torch.stack([self.kl(l, *draw) for l, draw in enumerate(draws)], dim=1)
@@ -266,7 +269,7 @@ class HVAE(nn.Module):
             return kl_divergence(q, p)
         return -q.entropy() - p.log_prob(z)
 
-    def infer(self, x: Tensor, y: Tensor | None = None):
+    def infer(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None):
         """q(z|x): returns p(x|z_1) and, per level from z_1 up, the triple (q, p, z) with z drawn from q."""
         self.check_images(x)
         draws: list = [None] * len(self.levels)
@@ -280,7 +283,12 @@ class HVAE(nn.Module):
 
         def draw(l: int, p: Normal, h: Tensor) -> Tensor:
             q = self.levels[l].posterior(d[l], h, p)
-            return self.record(draws, l, q, p, q.sample())
+            z = q.sample()
+            if closed is not None:
+                shut = (closed > l).view(-1, *[1] * (z.dim() - 1))
+                q = Normal(torch.where(shut, p.mu, q.mu), torch.where(shut, p.logvar, q.logvar))
+                z = torch.where(shut, p.mu, z)
+            return self.record(draws, l, q, p, z)
 
         return self.generate(len(x), y, draw), draws
 
