@@ -269,12 +269,13 @@ class HVAE(nn.Module):
             return kl_divergence(q, p)
         return -q.entropy() - p.log_prob(z)
 
-    def infer(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None):
+    def infer(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None,
+              generator: torch.Generator | None = None):
         """q(z|x): returns p(x|z_1) and, per level from z_1 up, the triple (q, p, z) with z drawn from q."""
         self.check_images(x)
         draws: list = [None] * len(self.levels)
         if not self.top_down:
-            zs, qs = self.climb(x)
+            zs, qs = self.climb(x, generator)
             p_x = self.generate(len(x), y, lambda l, p, h: self.record(draws, l, qs[l], p, zs[l]))
             return p_x, draws
         d = []  # the deterministic inference features d_1 ... d_L
@@ -283,7 +284,7 @@ class HVAE(nn.Module):
 
         def draw(l: int, p: Normal, h: Tensor) -> Tensor:
             q = self.levels[l].posterior(d[l], h, p)
-            z = q.sample()
+            z = q.sample(generator=generator)
             if closed is not None:
                 shut = (closed > l).view(-1, *[1] * (z.dim() - 1))
                 q = Normal(torch.where(shut, p.mu, q.mu), torch.where(shut, p.logvar, q.logvar))
@@ -292,12 +293,12 @@ class HVAE(nn.Module):
 
         return self.generate(len(x), y, draw), draws
 
-    def climb(self, x: Tensor) -> tuple[list[Tensor], list[Normal]]:
+    def climb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[list[Tensor], list[Normal]]:
         """The bottom-up chain: z_1 ~ q(z_1|x), then z_{l+1} ~ q(z_{l+1}|z_l)."""
         zs, qs, h = [], [], x
         for l, (block, level) in enumerate(zip(self.inference, self.levels)):
             q = level.q(block(h))
-            z = q.sample()
+            z = q.sample(generator=generator)
             zs.append(z)
             qs.append(q)
             if l < len(self.stems):
@@ -357,9 +358,9 @@ class HVAE(nn.Module):
     # ---------------------------------------------------------------------------------------------- use
 
     @torch.no_grad()
-    def encode(self, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
+    def encode(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> list[Tensor]:
         """Latents [z_1 ... z_L] drawn from q(z|x): (B, c_z, H_l, W_l) each, or (B, c_z) after a 'dense'."""
-        return [z for _, _, z in self.infer(x, y)[1]]
+        return [z for _, _, z in self.infer(x, y, generator=generator)[1]]
 
     def decode(self, latents: Sequence[Tensor], y: Tensor | None = None) -> Bernoulli | Gaussian | Logistic:
         """p(x|z_1) for latents [z_1 ... z_L]: `.parameters`, `.image` (B, C, H, W) in [0, 1], `.log_prob(x)`."""
@@ -372,9 +373,9 @@ class HVAE(nn.Module):
         return self.generate(len(latents[0]), y, lambda l, p, h: latents[l])
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, C, H, W) in [0, 1] decoded from one draw of q(z|x)."""
-        return self.infer(x, y)[0].image
+        return self.infer(x, y, generator=generator)[0].image
 
     @torch.no_grad()
     def sample(self, n: int, text: str | Sequence[str] | None = None, temperature: float = 1.0,
@@ -463,9 +464,10 @@ class HVAE(nn.Module):
             model = cls(**content["config"])
             model.load_state_dict(content["weights"])
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}: its config and weights do not fit this version: {error}") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: its config and weights do not fit this version: {reason[:160]}") from None
         model.provenance = content.get("provenance", {})
-        return model.to(device or "cpu").eval()
+        return model.to(pick_device(device or "cpu")).eval()
 
     def summary(self) -> str:
         """The levels, their sizes and parameter counts, top first, and the outer block in both directions."""
@@ -483,6 +485,19 @@ class HVAE(nn.Module):
         head = (f"HVAE, {len(self.levels)} levels, {self.config['inference']}, {self.likelihood}, images {c}x{h}x{w}, "
                 f"{text}, {count(self):,} parameters")
         return "\n".join([head, *lines])
+
+
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name; None is CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(name)!r} is not available: {str(error).splitlines()[0]}") from None
 
 
 def brief(block: Block) -> str:

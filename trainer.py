@@ -30,7 +30,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dataset import CaptchaDataset, CaptchaFolder
-from model import HVAE
+from model import HVAE, pick_device
 
 VERSION = "1.0"  # of this code, written into every checkpoint
 
@@ -39,7 +39,7 @@ def train(
     model: HVAE | None = None,
     dataset: Dataset | None = None,
     *,
-    steps: int = 12_000,
+    steps: int = 9_000,
     batch_size: int = 32,
     lr: float = 2e-3,
     warmup: int = 200,
@@ -93,7 +93,7 @@ def train(
         raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device)
     bf16 = has_bf16(device) if bf16 is None else bf16
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and mean nothing here
     torch.manual_seed(seed)
@@ -124,7 +124,7 @@ def train(
                         num_workers=workers, pin_memory=device.type == "cuda")
     totals: dict[str, float] = {}
     start = time.time() - seconds
-    bar = tqdm(loader, initial=step, total=steps, desc="train", unit="step", dynamic_ncols=True)
+    bar = tqdm(loader, initial=step, total=steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1)
     for x, y in bar:
         x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
         y = y.to(device, non_blocking=True) if model.text_length is not None else None
@@ -386,7 +386,7 @@ def load_state(path: Path, model: HVAE, average: HVAE, optimizer, clip: Clipper,
 
 def provenance(dataset: Dataset, step: int, batch_size: int, seconds: float, metrics: dict, device) -> dict:
     """What a checkpoint says of its origin; plain values only."""
-    return {"version": VERSION, "torch": torch.__version__, "data": getattr(dataset, "description", type(dataset).__name__),
+    return {"version": VERSION, "torch": str(torch.__version__), "data": getattr(dataset, "description", type(dataset).__name__),
             "steps": step, "images_seen": step * batch_size, "seconds": round(seconds), "device": str(device),
             "cpus": os.cpu_count(), "held_out": metrics}
 
@@ -435,7 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--sigma", type=float, default=0.2, help="of the gaussian, for images in [-1, 1]")
     made.add_argument("--mixtures", type=int, default=1, help="components of the logistic")
     made.add_argument("--unconditional", action="store_true", help="leave the texts unused")
-    option("--steps", type=int, default=12_000, help="training steps in all")
+    option("--steps", type=int, default=9_000, help="training steps in all")
     option("--batch-size", type=int, default=32, help="images per step")
     option("--lr", type=float, default=2e-3, help="learning rate")
     option("--warmup", type=int, default=200, help="steps over which the learning rate rises")
@@ -450,8 +450,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--seed", type=int, default=0, help="of the weights, the noise and the order of the data")
     option("--out", default="checkpoints/run", help="folder for the model, the metrics and the pictures")
     option("--resume", action="store_true", help="continue the run in that folder")
+    option("--evaluate", metavar="FILE", help="train nothing: measure this checkpoint on captchas of the split 'test'")
+    option("--importance-samples", type=int, default=1, help="draws of z per image for the bound that --evaluate prints")
     args = parser.parse_args(arguments)
     try:
+        if args.evaluate:
+            print_evaluation(HVAE.load(args.evaluate, pick_device(args.device)), args)
+            return
         data_set = make_dataset(args)
         kind = dict(inference=args.inference, likelihood=args.likelihood, sigma=args.sigma, mixtures=args.mixtures)
         if args.unconditional:
@@ -465,6 +470,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"model, metrics and pictures in {args.out}")
+
+
+def print_evaluation(model: HVAE, args: argparse.Namespace, images: int = 512) -> None:
+    """A line per term of the ELBO, on the given folder or on held-out captchas of the model's kind."""
+    if args.folder:
+        test_set = CaptchaFolder(args.folder, model.input_shape[1:], model.text_length, model.charset)
+    else:
+        test_set = CaptchaDataset(images, "test", model.input_shape[1:], model.text_length or 4, model.charset)
+    metrics = evaluate(model, test_set, args.importance_samples)
+    print(f"{metrics['images']} held-out images, nats per image\n"
+          f"  -ELBO           {-metrics['elbo']:>10,.1f}\n"
+          f"  reconstruction  {metrics['reconstruction']:>10,.1f}")
+    for l in reversed(range(len(metrics["kl"]))):
+        print(f"  KL z_{l + 1}          {metrics['kl'][l]:>10,.1f}")
+    print(f"  -log p(x) bound {-metrics['log_likelihood']:>10,.1f}   ({args.importance_samples} importance samples)")
+    if metrics["bits_per_dim"] is not None:
+        print(f"  bits/dim        {metrics['bits_per_dim']:>10.3f}")
 
 
 def make_dataset(args: argparse.Namespace) -> Dataset:

@@ -1,0 +1,269 @@
+"""Samples a saved HVAE, and the pictures that show what it has learned.
+
+    python generate.py                                  a sheet of samples from checkpoints/hvae.pt
+    python generate.py --text 7KQ2 --n 8                the same text eight times
+    python generate.py --individual out/ --n 100        one file per image, named by its text
+
+The functions return matplotlib figures, for notebooks; `path` also writes them to a file.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from dataset import UNSAFE, CaptchaDataset, decode_text
+from model import HVAE, Normal, pick_device
+
+CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "hvae.pt"
+BATCH = 64  # images drawn at once: bounds the memory
+TEMPERATURE = 0.7
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+@torch.no_grad()
+def sample_batches(model: HVAE, n: int, text: str | None = None, temperature: float = TEMPERATURE,
+                   seed: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yields (images (<= 64, C, H, W) in [0, 1], their texts) until n are drawn; '' is the text of no text."""
+    generator = torch.Generator().manual_seed(seed)
+    for first in range(0, n, BATCH):
+        count = min(BATCH, n - first)
+        y = model.draw_text(count, text, generator)
+        texts = [""] * count if y is None else [decode_text(row, model.charset) for row in y]
+        yield model.sample(count, None if y is None else texts, temperature, generator).cpu(), texts
+
+
+def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature: float = TEMPERATURE, seed: int = 0,
+                 columns: int = 4) -> Tensor:
+    """n samples side by side: one image (3, H', W') in [0, 1].
+
+    Raises:
+        ValueError: n < 1, a bad temperature, or a text the model cannot draw.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    images = torch.cat([images for images, _ in sample_batches(model, n, text, temperature, seed)])
+    return make_grid(images, nrow=columns, padding=2, pad_value=1)
+
+
+def save_individual(model: HVAE, folder: str | Path, n: int, text: str | None = None,
+                    temperature: float = TEMPERATURE, seed: int = 0) -> None:
+    """Writes n samples as TEXT_INDEX.png, which dataset.CaptchaFolder reads back; INDEX.png if without text.
+
+    Raises:
+        ValueError: as sample_sheet, or the charset has symbols that a file's name cannot hold.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if model.text_length is not None and set(UNSAFE) & set(model.charset):
+        raise ValueError("the charset has symbols that a file's name cannot hold")
+    model.sample(0, None, temperature)  # refuses bad arguments before a folder is made
+    model.draw_text(1, text, torch.Generator())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = 0
+    with tqdm(total=n, desc=str(folder), unit="image") as bar:
+        for images, texts in sample_batches(model, n, text, temperature, seed):
+            for image, drawn in zip(images, texts):
+                save_image(image, folder / f"{drawn}{'_' * bool(drawn)}{index:06d}.png")
+                index += 1
+            bar.update(len(texts))
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def show_rows(rows: Sequence[Tensor], titles: Sequence[str], path: str | Path | None, labels: Sequence[str] = ()) -> Figure:
+    """A figure of image rows, (n, C, H, W) each, with a title beside every row and a label over every column."""
+    n, (_, h, w) = len(rows[0]), rows[0].shape[1:]
+    figure = Figure(figsize=(1.0 + 1.45 * n, (0.2 + len(rows)) * 1.45 * h / w + 0.2), layout="constrained")
+    axes = figure.subplots(len(rows), n, squeeze=False)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            axis = axes[row, column]
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1).float().cpu().clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            if row == 0 and labels:
+                axis.set_title(labels[column], fontsize=9)
+        axes[row, 0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=9)
+    if path is not None:
+        figure.savefig(path, dpi=100)
+    return figure
+
+
+def plot_samples(model: HVAE, n: int = 6, text: str | None = None, temperatures: Sequence[float] = (0.4, 0.7, 1.0),
+                 seed: int = 0, path: str | Path | None = None) -> Figure:
+    """Samples of the same texts, a row per temperature."""
+    y = model.draw_text(n, text, torch.Generator().manual_seed(seed))
+    texts = None if y is None else [decode_text(row, model.charset) for row in y]
+    rows = [model.sample(n, texts, t, torch.Generator().manual_seed(seed)) for t in temperatures]
+    return show_rows(rows, [f"T = {t:g}" for t in temperatures], path, texts or ())
+
+
+def plot_reconstructions(model: HVAE, dataset: Dataset, n: int = 6, seed: int = 0,
+                         path: str | Path | None = None) -> Figure:
+    """The first n images of a data set above their reconstructions."""
+    x, y, texts = first_images(model, dataset, n)
+    generator = torch.Generator().manual_seed(seed)
+    return show_rows([x, model.reconstruct(x, y, generator)], ["x", "reconstruction"], path, texts)
+
+
+@torch.no_grad()
+def plot_levels(model: HVAE, dataset: Dataset, n: int = 6, seed: int = 0, path: str | Path | None = None) -> Figure:
+    """What each level holds: an image of the data set, then rows in which one level alone is drawn anew.
+
+    In the row of z_l the other levels keep the posterior's draw for the image and z_l comes from its prior, n times.
+    A bottom-up model draws its image from z_1 alone, so that only the last row changes.
+    """
+    x, y, _ = first_images(model, dataset, 1)
+    y = None if y is None else y.expand(n, -1)
+    generator = torch.Generator().manual_seed(seed)
+    kept = [z.expand(n, *z.shape[1:]) for z in model.encode(x, y if y is None else y[:1], generator)]
+    rows, titles = [x.expand(n, -1, -1, -1)], ["x"]
+    for level in reversed(range(len(kept))):
+        draw = lambda l, p, h: p.sample(1.0, generator) if l == level else kept[l]
+        rows.append(model.generate(n, y, draw).image)
+        titles.append(f"z_{level + 1} anew")
+    return show_rows(rows, titles, path)
+
+
+@torch.no_grad()
+def plot_interpolation(model: HVAE, dataset: Dataset, pair: tuple[int, int] = (0, 1), n: int = 8, seed: int = 0,
+                       path: str | Path | None = None) -> Figure:
+    """From one image of the data set to another: every latent moves on a great circle.
+
+    The text cannot be half one and half another: in the first row it is that of the first image throughout, in the
+    second row that of the second. An unconditional model has one row.
+    """
+    x, y, texts = first_images(model, torch.utils.data.Subset(dataset, pair), 2)
+    shares = torch.linspace(0, 1, n, device=x.device)
+    ends = model.encode(x, y, torch.Generator().manual_seed(seed))
+    latents = [torch.cat([slerp(z[:1], z[1:], share) for share in shares]) for z in ends]
+    if y is None:
+        return show_rows([model.decode(latents).image], [""], path)
+    rows = [model.decode(latents, y[i : i + 1].expand(n, -1)).image for i in (0, 1)]
+    return show_rows(rows, [f"text {text}" for text in texts], path)
+
+
+def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    """Spherical interpolation (White 2016): between Gaussian draws a straight line would pass too near the mean."""
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
+    angle = cosine.acos().view(-1, *[1] * (a.dim() - 1))
+    straight = a + share * (b - a)  # for parallel ends, where the arc's formula divides by zero
+    arc = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin().clamp(min=1e-6)
+    return torch.where(angle < 1e-4, straight, arc)
+
+
+@torch.no_grad()
+def plot_prior_vs_aggregate(model: HVAE, dataset: Dataset, n: int = 6, temperature: float = TEMPERATURE, seed: int = 0,
+                            path: str | Path | None = None) -> Figure:
+    """Samples with z_L from the prior N(0, I) above samples with z_L from the aggregated posterior, same texts.
+
+    If the rows look different, the prior covers regions that no image is encoded to.
+    """
+    aggregate = fit_aggregate(model, dataset, seed=seed)
+    top = len(model.levels) - 1
+    y = model.draw_text(n, None, torch.Generator().manual_seed(seed))
+    texts = () if y is None else [decode_text(row, model.charset) for row in y]
+    rows = []
+    for source in (None, aggregate):
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda l, p, h: (source.expand(n) if source and l == top else p).sample(temperature, generator)
+        rows.append(model.generate(n, y, draw).image)
+    return show_rows(rows, ["z_L ~ N(0, I)", "z_L ~ aggregate"], path, texts)
+
+
+class Aggregate(Normal):
+    """A Gaussian fit to q(z_L|x) over a data set: one mean and variance per value of z_L, (1, ...)."""
+
+    def expand(self, n: int) -> Normal:
+        return Normal(self.mu.expand(n, *self.mu.shape[1:]), self.logvar.expand(n, *self.logvar.shape[1:]))
+
+
+@torch.no_grad()
+def fit_aggregate(model: HVAE, dataset: Dataset, most: int = 512, seed: int = 0) -> Aggregate:
+    """Mean and variance of z_L ~ q(z_L|x) over the first images of a data set (Tomczak & Welling 2018, section 2)."""
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty")
+    generator = torch.Generator().manual_seed(seed)
+    draws = []
+    for first in range(0, min(most, len(dataset)), BATCH):
+        indices = range(first, min(first + BATCH, most, len(dataset)))
+        x, y, _ = first_images(model, torch.utils.data.Subset(dataset, indices), BATCH)
+        draws.append(model.encode(x, y, generator)[-1])
+    z = torch.cat(draws)
+    return Aggregate(z.mean(0, keepdim=True), z.var(0, unbiased=False, keepdim=True).clamp(min=1e-6).log())
+
+
+def first_images(model: HVAE, dataset: Dataset, n: int) -> tuple[Tensor, Tensor | None, list[str]]:
+    """The first n images (n, C, H, W) of a data set, their texts as the model's y and as strings."""
+    items = [dataset[i] for i in range(min(n, len(dataset)))]
+    if not items:
+        raise ValueError("the data set is empty")
+    device = model.to_image.weight.device
+    x = torch.stack([image for image, _ in items]).to(device)
+    if model.text_length is None:
+        return x, None, []
+    y = torch.stack([label for _, label in items])
+    return x, y.to(device), [decode_text(row, model.charset) for row in y]
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draws captchas with a trained HVAE.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    option = parser.add_argument
+    option("--checkpoint", default=str(CHECKPOINT), metavar="FILE", help="a file that HVAE.save wrote")
+    option("--out", default="samples.png", metavar="FILE", help="the sheet of samples")
+    option("--n", type=int, default=32, help="number of images")
+    option("--text", help="what to draw; by default a different text on every image")
+    option("--temperature", type=float, default=TEMPERATURE, help="times the priors' standard deviations; 0 gives the modes")
+    option("--seed", type=int, default=0, help="another seed gives other samples")
+    option("--individual", metavar="DIR", help="write one file per image into this folder instead of a sheet")
+    option("--figures", metavar="DIR", help="write the README's pictures into this folder instead of a sheet")
+    option("--device", help="cpu, cuda, ...; CUDA if there is one")
+    args = parser.parse_args(arguments)
+    if args.n < 1:
+        parser.error(f"argument --n: expected at least 1, got {args.n}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"argument --seed: expected a number from 0 to 2^63 - 1, got {args.seed}")
+    try:
+        model = HVAE.load(args.checkpoint, pick_device(args.device))
+        if args.figures:
+            save_figures(model, Path(args.figures))
+            print(f"pictures in {args.figures}")
+        elif args.individual:
+            save_individual(model, args.individual, args.n, args.text, args.temperature, args.seed)
+            print(f"{args.n} images in {args.individual}")
+        else:
+            save_image(sample_sheet(model, args.n, args.text, args.temperature, args.seed), args.out)
+            print(f"{args.n} samples on {args.out}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def save_figures(model: HVAE, folder: Path) -> None:
+    """The pictures of the README, from held-out renders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    test_set = CaptchaDataset(512, "test", model.input_shape[1:], model.text_length or 4, model.charset)
+    save_image(sample_sheet(model, 32), folder / "samples.png")
+    save_image(make_grid(first_images(model, test_set, 32)[0], nrow=4, padding=2, pad_value=1), folder / "renders.png")
+    plot_samples(model, path=folder / "temperatures.png")
+    plot_reconstructions(model, test_set, path=folder / "reconstructions.png")
+    plot_levels(model, test_set, path=folder / "levels.png")
+    plot_interpolation(model, test_set, path=folder / "interpolation.png")
+    plot_prior_vs_aggregate(model, test_set, path=folder / "prior_vs_aggregate.png")
+
+
+if __name__ == "__main__":
+    main()
