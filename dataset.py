@@ -1,8 +1,9 @@
-"""Images to train on, and their texts: CAPTCHAs rendered on the fly (CaptchaDataset) or read from disk (CaptchaFolder).
+"""Images to train on, and their texts: CAPTCHAs rendered on the fly (CaptchaDataset) or read from disk (CaptchaFolder),
+and handwritten digits (MNIST).
 
 Every item is a pair (image, label):
 
-    image   float32 (3, H, W) in [0, 1]
+    image   float32 (3, H, W) in [0, 1]; (1, 28, 28) for MNIST
     label   int64 (T,), the text as indices into the charset
 
 `python dataset.py` writes a sheet of rendered CAPTCHAs to captchas.png; `python dataset.py --help` tells what else.
@@ -28,6 +29,7 @@ import torch
 from PIL import Image, ImageFont, features
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -373,6 +375,66 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------------ MNIST
+
+
+class MNIST(Dataset):
+    """Handwritten digits: image (1, 28, 28) in [0, 1], label (1,) the digit.
+
+    The split 'train' is the first 55,000 of the official 60,000 training images, 'val' the last 5,000, and 'test' the
+    official 10,000. Images stay grey; train() and evaluate() binarise them on request.
+
+    Args:
+        split: 'train', 'val' or 'test'.
+        root: the folder that holds MNIST/raw; the data are downloaded into it if it does not.
+        text_length: 1 offers the digit to the model as its text; None leaves it out.
+
+    Raises:
+        ValueError: the split or the text length does not exist.
+        OSError: the data are neither there nor to be downloaded.
+    """
+
+    charset = DIGITS
+    image_size = (28, 28)
+
+    def __init__(self, split: str = "train", root: str | Path = "data", text_length: int | None = None):
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        if text_length not in (None, 1):
+            raise ValueError(f"text_length: a digit is a text of length 1, or None, got {text_length!r}")
+        source = open_mnist(root, train=split != "test")
+        end = len(source.data) * 11 // 12
+        part = {"train": slice(end), "val": slice(end, None), "test": slice(None)}[split]
+        self.images, self.digits = source.data[part], source.targets[part]
+        self.split, self.root, self.text_length = split, root, text_length
+        self.description = {"data": "MNIST", "split": split, "size": len(self.images)}
+
+    def other_split(self, split: str, size: int) -> Dataset:
+        """The first `size` images of another split."""
+        other = MNIST(split, self.root, self.text_length)
+        other.images, other.digits = other.images[:size], other.digits[:size]
+        return other
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.images[i][None].float() / 255, self.digits[i][None].long()
+
+
+def open_mnist(root: str | Path, train: bool) -> datasets.MNIST:
+    """torchvision's MNIST from a folder, or from the network."""
+    try:
+        return datasets.MNIST(root, train, download=False)
+    except RuntimeError:  # not there yet
+        pass
+    try:
+        return datasets.MNIST(root, train, download=True)
+    except Exception as error:  # of many kinds: no network, no right to write, a damaged file
+        raise OSError(f"MNIST is not in {root}/MNIST/raw and could not be downloaded ({type(error).__name__}). "
+                      f"Name the folder that holds MNIST/raw, or connect to a network.") from None
 
 
 # ------------------------------------------------------------------------------------------------ checks, loader

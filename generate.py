@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from dataset import UNSAFE, CaptchaDataset, decode_text
+from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text
 from model import HVAE, Normal, pick_device
 
-CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "hvae.pt"
+CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
+               "mnist": Path(__file__).resolve().parent / "checkpoints" / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
-TEMPERATURE = 0.7
+TEMPERATURE = 0.4  # of the shipped checkpoint: glyphs stay legible, colours and layouts still differ
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -42,8 +43,8 @@ def sample_batches(model: HVAE, n: int, text: str | None = None, temperature: fl
 
 
 def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature: float = TEMPERATURE, seed: int = 0,
-                 columns: int = 4) -> Tensor:
-    """n samples side by side: one image (3, H', W') in [0, 1].
+                 columns: int | None = None) -> Tensor:
+    """n samples side by side: one image (3, H', W') in [0, 1]; by default about 640 pixels wide.
 
     Raises:
         ValueError: n < 1, a bad temperature, or a text the model cannot draw.
@@ -51,7 +52,12 @@ def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature:
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     images = torch.cat([images for images, _ in sample_batches(model, n, text, temperature, seed)])
-    return make_grid(images, nrow=columns, padding=2, pad_value=1)
+    return make_grid(images, nrow=columns or columns_for(model), padding=2, pad_value=1)
+
+
+def columns_for(model: HVAE) -> int:
+    """How many images make a row of about 640 pixels, at most 16."""
+    return max(1, min(16, 640 // model.input_shape[2]))
 
 
 def save_individual(model: HVAE, folder: str | Path, n: int, text: str | None = None,
@@ -99,7 +105,7 @@ def show_rows(rows: Sequence[Tensor], titles: Sequence[str], path: str | Path | 
     return figure
 
 
-def plot_samples(model: HVAE, n: int = 6, text: str | None = None, temperatures: Sequence[float] = (0.4, 0.7, 1.0),
+def plot_samples(model: HVAE, n: int = 6, text: str | None = None, temperatures: Sequence[float] = (0.2, 0.4, 0.7, 1.0),
                  seed: int = 0, path: str | Path | None = None) -> Figure:
     """Samples of the same texts, a row per temperature."""
     y = model.draw_text(n, text, torch.Generator().manual_seed(seed))
@@ -157,9 +163,9 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     """Spherical interpolation (White 2016): between Gaussian draws a straight line would pass too near the mean."""
     cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
     angle = cosine.acos().view(-1, *[1] * (a.dim() - 1))
-    straight = a + share * (b - a)  # for parallel ends, where the arc's formula divides by zero
+    straight = a + share * (b - a)  # for ends on one line, where the arc's formula divides by zero
     arc = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin().clamp(min=1e-6)
-    return torch.where(angle < 1e-4, straight, arc)
+    return torch.where(angle.sin() < 1e-3, straight, arc)
 
 
 @torch.no_grad()
@@ -179,6 +185,70 @@ def plot_prior_vs_aggregate(model: HVAE, dataset: Dataset, n: int = 6, temperatu
         draw = lambda l, p, h: (source.expand(n) if source and l == top else p).sample(temperature, generator)
         rows.append(model.generate(n, y, draw).image)
     return show_rows(rows, ["z_L ~ N(0, I)", "z_L ~ aggregate"], path, texts)
+
+
+@torch.no_grad()
+def plot_plane(model: HVAE, dataset: Dataset, path: str | Path | None = None) -> Figure:
+    """The means of q(z_1|x) of a data set on the plane of a two-dimensional z_1, coloured by the labels' first symbol.
+
+    Raises:
+        ValueError: the model has more than one level, or its latent is not a vector of two numbers.
+    """
+    check_plane(model)
+    means, labels = [], []
+    for first in range(0, len(dataset), 500):
+        items = [dataset[i] for i in range(first, min(first + 500, len(dataset)))]
+        x = torch.stack([image for image, _ in items]).to(model.to_image.weight.device)
+        means.append(model.infer(x)[1][0][0].mu.cpu())
+        labels += [int(label[0]) if len(label) else 0 for _, label in items]
+    z = torch.cat(means)
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axis = figure.subplots()
+    points = axis.scatter(z[:, 0], z[:, 1], c=labels, s=3, cmap="tab10")
+    axis.set(xlabel="z[0]", ylabel="z[1]", aspect="equal")
+    figure.colorbar(points, ticks=sorted(set(labels)))
+    if path is not None:
+        figure.savefig(path, dpi=100)
+    return figure
+
+
+@torch.no_grad()
+def plot_manifold(model: HVAE, n: int = 20, path: str | Path | None = None) -> Figure:
+    """What the plane of a two-dimensional z_1 decodes to: an n x n grid over the quantiles of N(0, 1).
+
+    Every picture thus stands for the same share of the prior (Kingma & Welling 2014, figure 4). z[0] grows to the right,
+    z[1] upwards.
+
+    Raises:
+        ValueError: as plot_plane.
+    """
+    check_plane(model)
+    shares = (torch.arange(n) + 0.5) / n
+    z = torch.distributions.Normal(0, 1).icdf(shares)
+    grid = torch.cartesian_prod(-z, z).flip(1)  # rows from the top, (n * n, 2)
+    images = model.decode([grid.to(model.to_image.weight.device)]).image
+    sheet = make_grid(images, nrow=n, padding=0)
+    figure = Figure(figsize=(7, 7 * sheet.shape[1] / sheet.shape[2]), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(sheet.permute(1, 2, 0).cpu().numpy(), extent=(0, n, 0, n))
+    values = [f"{value:.1f}" for value in z.tolist()]
+    axis.set(xticks=[i + 0.5 for i in range(n)], yticks=[i + 0.5 for i in range(n)], xlabel="z[0]", ylabel="z[1]")
+    axis.set_xticklabels(values, fontsize=6, rotation=90)
+    axis.set_yticklabels(values, fontsize=6)
+    if path is not None:
+        figure.savefig(path, dpi=100)
+    return figure
+
+
+def has_plane(model: HVAE) -> bool:
+    """Whether the model is a flat VAE of two latent numbers without text."""
+    return [level.shape for level in model.levels] == [(2,)] and model.text_length is None
+
+
+def check_plane(model: HVAE) -> None:
+    if not has_plane(model):
+        shapes = ", ".join("x".join(map(str, level.shape)) for level in model.levels)
+        raise ValueError(f"expected one level of two numbers and no text, got latents {shapes}")
 
 
 class Aggregate(Normal):
@@ -223,7 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draws captchas with a trained HVAE.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option = parser.add_argument
-    option("--checkpoint", default=str(CHECKPOINT), metavar="FILE", help="a file that HVAE.save wrote")
+    option("--data", choices=tuple(CHECKPOINTS), default="captcha", help="which shipped checkpoint and test images")
+    option("--root", default="data", metavar="DIR", help="where MNIST is, or is downloaded to; for --figures")
+    option("--checkpoint", metavar="FILE", help="a file that HVAE.save wrote; default: the shipped one of --data")
     option("--out", default="samples.png", metavar="FILE", help="the sheet of samples")
     option("--n", type=int, default=32, help="number of images")
     option("--text", help="what to draw; by default a different text on every image")
@@ -238,9 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: expected a number from 0 to 2^63 - 1, got {args.seed}")
     try:
-        model = HVAE.load(args.checkpoint, pick_device(args.device))
+        model = HVAE.load(args.checkpoint or CHECKPOINTS[args.data], pick_device(args.device))
         if args.figures:
-            save_figures(model, Path(args.figures))
+            save_figures(model, Path(args.figures), test_images(model, args.data, args.root))
             print(f"pictures in {args.figures}")
         elif args.individual:
             save_individual(model, args.individual, args.n, args.text, args.temperature, args.seed)
@@ -252,17 +324,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def save_figures(model: HVAE, folder: Path) -> None:
-    """The pictures of the README, from held-out renders."""
+def test_images(model: HVAE, data: str = "captcha", root: str | Path = "data", most: int | None = None) -> Dataset:
+    """Held-out images for a model: 512 captchas of the kind it draws, or MNIST's test set; or the first `most`."""
+    if data == "mnist":
+        test_set = MNIST("test", root, model.text_length)
+        return test_set if most is None else torch.utils.data.Subset(test_set, range(min(most, len(test_set))))
+    size = 512 if most is None else most
+    return CaptchaDataset(size, "test", model.input_shape[1:], model.text_length or 4, model.charset)
+
+
+def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
+    """Pictures of what a model draws and holds, with held-out images as the originals."""
     folder.mkdir(parents=True, exist_ok=True)
-    test_set = CaptchaDataset(512, "test", model.input_shape[1:], model.text_length or 4, model.charset)
     save_image(sample_sheet(model, 32), folder / "samples.png")
-    save_image(make_grid(first_images(model, test_set, 32)[0], nrow=4, padding=2, pad_value=1), folder / "renders.png")
+    originals, _, _ = first_images(model, test_set, 32)
+    save_image(make_grid(originals, nrow=columns_for(model), padding=2, pad_value=1), folder / "originals.png")
     plot_samples(model, path=folder / "temperatures.png")
     plot_reconstructions(model, test_set, path=folder / "reconstructions.png")
     plot_levels(model, test_set, path=folder / "levels.png")
     plot_interpolation(model, test_set, path=folder / "interpolation.png")
     plot_prior_vs_aggregate(model, test_set, path=folder / "prior_vs_aggregate.png")
+    if has_plane(model):
+        plot_plane(model, test_set, path=folder / "plane.png")
+        plot_manifold(model, path=folder / "manifold.png")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,19 @@ UPPERCASE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # The shipped checkpoint: a vector for the whole, a 4x10 map for the layout, three 8x20 maps for the strokes.
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
-LATENT_CHANNELS = (4, 4, 4, 8, 32)
+LATENT_CHANNELS = (4, 4, 4, 8, 64)
+
+# Arguments of HVAE by name.
+BINARY_DIGITS = dict(input_size=(28, 28), input_channels=1, likelihood="bernoulli", text_length=None)
+CONFIGS = {
+    "captcha": {},
+    # the flat VAE of many a first course: three convolutions, a dense layer, a latent plane
+    "mnist-vae": dict(outer_config=[("conv", 32), ("conv", 32), ("conv", 64, 2), ("dense", 128)], inner_config=[],
+                      latent_channels=2, inference="bottom-up", **BINARY_DIGITS),
+    "mnist-hvae": dict(outer_config=[("conv", 16), ("conv", 32, 2), ("res", 32)],
+                       inner_config=[[("res", 32)], [("conv", 64, 2), ("res", 64)], [("res", 64)], [("dense", 128)]],
+                       latent_channels=(2, 2, 4, 4, 32), **BINARY_DIGITS),
+}
 
 
 class ELBO(NamedTuple):
@@ -181,7 +193,7 @@ class HVAE(nn.Module):
         latent_channels: int | Sequence[int] = LATENT_CHANNELS,
         inference: str = "top-down",
         likelihood: str = "gaussian",
-        sigma: float | None = 0.2,
+        sigma: float | None = 0.4,
         mixtures: int = 1,
         text_length: int | None = 4,
         charset: str = DIGITS + UPPERCASE,

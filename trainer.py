@@ -19,6 +19,7 @@ import csv
 import math
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -29,10 +30,20 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from dataset import CaptchaDataset, CaptchaFolder
-from model import HVAE, pick_device
+from dataset import MNIST, CaptchaDataset, CaptchaFolder
+from generate import save_figures, test_images
+from model import CONFIGS, HVAE, pick_device
 
 VERSION = "1.0"  # of this code, written into every checkpoint
+
+# What the command line does by default for each of model.CONFIGS. For MNIST the likelihood is what counts: the plain
+# ELBO, with a beta that rises instead of falling.
+LIKELIHOOD_FIRST = dict(batch_size=100, beta_start=0.1, beta_share=0.1, free_nats=[0.0], closed_share=0.0)
+TRAINING = {
+    "captcha": {},
+    "mnist-vae": {**LIKELIHOOD_FIRST, "steps": 8_000},
+    "mnist-hvae": {**LIKELIHOOD_FIRST, "steps": 30_000, "binarise": True},
+}
 
 
 def train(
@@ -43,12 +54,13 @@ def train(
     batch_size: int = 32,
     lr: float = 2e-3,
     warmup: int = 200,
-    beta_start: float = 20.0,
+    beta_start: float = 5.0,
     beta_share: float = 0.7,
-    free_nats: float = 40.0,
+    free_nats: float | Sequence[float] | None = None,
     closed_levels: int | None = None,
     closed_share: float = 0.5,
     ema: float = 0.999,
+    binarise: bool = False,
     device: str | None = None,
     bf16: bool | None = None,
     workers: int = 1,
@@ -69,10 +81,12 @@ def train(
         dataset: of (image (C, H, W) in [0, 1], label (T,)); None renders captchas without end.
         steps, batch_size, lr, warmup: AdamW; the rate rises over `warmup` steps, then falls as a cosine to 2%.
         beta_start, beta_share: beta falls exponentially from beta_start to 1 over this share of the steps.
-        free_nats: per level and image, averaged over the batch.
+        free_nats: per image, averaged over the batch; one number for every level, or one each from z_1 up. None is 40,
+            and 80 for the top level, where colour and layout belong.
         closed_levels, closed_share: how many of the lowest levels are closed, and for which share of each batch; None
             closes the lower half of a top-down model, rounded up. Bottom-up models have no closed levels.
         ema: decay of the weights' moving average.
+        binarise: draw every pixel as 0 or 1 with its value as the probability, anew whenever an image is used.
         device: None takes CUDA if there is one.
         bf16: None uses bfloat16 autocast where the hardware has it.
         val_dataset: held-out images; None renders the split 'val', or sets a tenth of other data aside.
@@ -82,17 +96,10 @@ def train(
     Raises:
         ValueError: an argument is out of range, data and model do not fit, or `out` holds a run and resume is False.
     """
-    for name, value in dict(steps=steps, batch_size=batch_size, eval_every=eval_every, log_every=log_every).items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-    if not (lr > 0 and beta_start > 0 and free_nats >= 0 and 0 < beta_share <= 1 and 0 <= closed_share < 1 and 0 <= ema < 1):
-        raise ValueError(f"out of range: lr={lr}, beta_start={beta_start}, beta_share={beta_share}, "
-                         f"free_nats={free_nats}, closed_share={closed_share}, ema={ema}")
+    check_numbers(steps, batch_size, lr, beta_start, beta_share, closed_share, ema, eval_every, log_every)
     out = Path(out)
     if (out / "state.pt").exists() and not resume:
         raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-
     device = pick_device(device)
     bf16 = has_bf16(device) if bf16 is None else bf16
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and mean nothing here
@@ -101,36 +108,31 @@ def train(
     train_set, val_set = (dataset, val_dataset) if val_dataset is not None else hold_out(dataset, seed)
     model = model_for(dataset) if model is None else model
     check_fit(model, train_set, batch_size)
+    closed_levels = check_closed(model, closed_levels)
+    free_nats = torch.tensor(check_free(model, free_nats), device=device)
     model.to(device, memory_format=torch.channels_last).train()
-    levels = len(model.levels)
-    if closed_levels is None:
-        closed_levels = (levels + 1) // 2 if model.top_down and levels > 1 else 0
-    if not 0 <= closed_levels < max(levels, 2) or (closed_levels and not model.top_down):
-        raise ValueError(f"closed_levels: a {model.config['inference']} model of {levels} levels cannot close {closed_levels}")
+    out.mkdir(parents=True, exist_ok=True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    clip = Clipper()
-    history: list[dict] = []
-    step, seconds = 0, 0.0
+    run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
     if resume and (out / "state.pt").exists():
-        step, seconds = load_state(out / "state.pt", model, average, optimizer, clip, device)
-        history = [row for row in read_csv(out / "metrics.csv") if row["step"] <= step]
+        load_state(out / "state.pt", run)
+        run.history = [row for row in read_csv(out / "metrics.csv") if row["step"] <= run.step]
     else:
         model.set_output_level(torch.stack([train_set[i][0] for i in range(min(64, len(train_set)))]).to(device))
-        average.load_state_dict(model.state_dict())
+        run.average.load_state_dict(model.state_dict())
 
-    loader = DataLoader(train_set, batch_sampler=batches(len(train_set), batch_size, seed, step, steps),
-                        num_workers=workers, pin_memory=device.type == "cuda")
-    totals: dict[str, float] = {}
-    start = time.time() - seconds
-    bar = tqdm(loader, initial=step, total=steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1)
+    loader = DataLoader(train_set, batch_sampler=batches(len(train_set), batch_size, seed, run.step, steps),
+                        num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator())
+    start = time.time() - run.seconds
+    bar = tqdm(loader, initial=run.step, total=steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1)
     for x, y in bar:
         x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
+        x = torch.bernoulli(x) if binarise else x
         y = y.to(device, non_blocking=True) if model.text_length is not None else None
         for group in optimizer.param_groups:
-            group["lr"] = lr * learning_rate(step, steps, warmup)
-        beta = beta_start ** max(0.0, 1 - step / (beta_share * steps))
+            group["lr"] = lr * learning_rate(run.step, steps, warmup)
+        beta = beta_start ** max(0.0, 1 - run.step / (beta_share * steps))
         closed = torch.zeros(len(x), dtype=torch.long, device=device)
         closed[: int(closed_share * len(x))] = closed_levels
 
@@ -138,49 +140,39 @@ def train(
             loss, terms = loss_terms(model, x, y, beta, free_nats, closed)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if clip(model):
+        if run.clip(model):
             optimizer.step()
-        step += 1
-        update_average(average, model, min(ema, step / (step + 10)))
+        run.step += 1
+        update_average(run.average, model, min(ema, run.step / (run.step + 10)))
 
-        for name, value in {**terms, "grad_norm": clip.last}.items():
-            totals[name] = totals.get(name, 0.0) + value
-        if step % log_every == 0 or step == steps:
-            seconds = time.time() - start
-            count = (step - 1) % log_every + 1
-            row = {"step": step, "images": step * batch_size, "seconds": round(seconds, 1), "beta": round(beta, 3),
-                   **{name: value / count for name, value in totals.items()}, "skipped": clip.skipped}
-            history.append(row)
-            totals = {}
-            bar.set_postfix_str(describe(row, levels))
-        if step % eval_every == 0 or step == steps:
-            metrics = evaluate(average, val_set, batch_size=batch_size, bf16=bf16)
-            if history:
-                history[-1].update({"val_neg_elbo": -metrics["elbo"], "val_reconstruction": metrics["reconstruction"],
-                                    **{f"val_kl_{l + 1}": kl for l, kl in enumerate(metrics["kl"])}})
-            write_csv(out / "metrics.csv", history)
-            plot_history(history, out / "loss.png")
-            save_samples(average, out / "samples.png", seed)
-            average.provenance = provenance(dataset, step, batch_size, time.time() - start, metrics, device)
-            average.save(out / "hvae.pt.new")
-            os.replace(out / "hvae.pt.new", out / "hvae.pt")
-            save_state(out / "state.pt", model, average, optimizer, clip, step, time.time() - start)
-            tqdm.write(f"step {step}: held out -elbo {-metrics['elbo']:,.0f} nats = reconstruction "
+        run.seconds = time.time() - start
+        run.terms.append({**terms, "grad_norm": run.clip.last})
+        checkpoint = run.step % eval_every == 0 or run.step == steps
+        if run.step % log_every == 0 or checkpoint:
+            row = run.log(batch_size, beta)
+            bar.set_postfix_str(describe(row, len(model.levels)))
+        if checkpoint:
+            metrics = evaluate(run.average, val_set, batch_size=batch_size, binarise=binarise, bf16=bf16)
+            row.update({"val_neg_elbo": -metrics["elbo"], "val_reconstruction": metrics["reconstruction"],
+                        **{f"val_kl_{l + 1}": kl for l, kl in enumerate(metrics["kl"])}})
+            run.average.provenance = provenance(dataset, run, batch_size, binarise, metrics, device)
+            write_files(out, run, seed)
+            tqdm.write(f"step {run.step}: held out -elbo {-metrics['elbo']:,.0f} nats = reconstruction "
                        f"{metrics['reconstruction']:,.0f} + kl {sum(metrics['kl']):,.0f}")
-    return average.to(memory_format=torch.contiguous_format), history
+    return run.average.to(memory_format=torch.contiguous_format), run.history
 
 
-def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float, closed: Tensor):
+def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float | Tensor, closed: Tensor):
     """The loss of a batch and, for the record, its terms as numbers.
 
-    `closed` (B,) is the number of lowest levels that take their prior's mean, per image; those have no KL. Free bits
+    `free_nats` is one number or (L,). `closed` (B,) is the number of lowest levels that take their prior's mean, per image; those have no KL. Free bits
     (Kingma et al. 2016, eq. 15) hold for a level's mean over the images in which it is open.
     """
     elbo = model(x, y, closed)
     is_open = closed[:, None] <= torch.arange(len(model.levels), device=x.device)  # (B, L)
     kl = (elbo.kl * is_open).sum(0) / is_open.sum(0)
     weight = beta * is_open.float().mean(0)
-    loss = elbo.reconstruction.mean() + (weight * kl.clamp(min=free_nats)).sum()
+    loss = elbo.reconstruction.mean() + (weight * torch.maximum(kl, torch.as_tensor(free_nats).to(kl))).sum()
     whole = closed == 0
     reconstruction = elbo.reconstruction[whole].mean()
     terms = {"neg_elbo": (reconstruction + kl.sum()).item(), "reconstruction": reconstruction.item()}
@@ -210,6 +202,29 @@ class Clipper:
         return True
 
 
+@dataclass
+class Run:
+    """What a training run is made of, and what a checkpoint must hold."""
+
+    model: HVAE
+    average: HVAE  # with the moving average of the model's weights
+    optimizer: torch.optim.Optimizer
+    clip: Clipper = field(default_factory=Clipper)
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict] = field(default_factory=list)
+    terms: list[dict] = field(default_factory=list)  # of the steps since the last row of the history
+
+    def log(self, batch_size: int, beta: float) -> dict:
+        """Adds a row to the history: means over the steps since the last one."""
+        means = {name: sum(terms[name] for terms in self.terms) / len(self.terms) for name in self.terms[0]}
+        row = {"step": self.step, "images": self.step * batch_size, "seconds": round(self.seconds, 1),
+               "beta": round(beta, 3), **means, "skipped": self.clip.skipped}
+        self.history.append(row)
+        self.terms = []
+        return row
+
+
 def learning_rate(step: int, steps: int, warmup: int) -> float:
     """The factor on lr: a linear rise, then half a cosine from 1 to 0.02."""
     if step < warmup:
@@ -231,13 +246,13 @@ def update_average(average: HVAE, model: HVAE, decay: float) -> None:
 
 @torch.no_grad()
 def evaluate(model: HVAE, dataset: Dataset, importance_samples: int = 1, *, batch_size: int = 64,
-             bf16: bool = False, seed: int = 0) -> dict:
+             binarise: bool = False, bf16: bool = False, seed: int = 0) -> dict:
     """Means over a data set, in nats per image.
 
     Returns:
         elbo, reconstruction, kl (a list, z_1 first); log_likelihood, the importance-weighted lower bound on log p(x)
-        with that many draws of z (Burda et al. 2016, eq. 8); bits_per_dim of that bound, or None unless the
-        likelihood is a probability of 8-bit images ('logistic').
+        with that many draws of z (Burda et al. 2016, eq. 8); bounds, the same for 1, 10, 100, ... of those draws;
+        bits_per_dim of log_likelihood, or None unless the likelihood is a probability of 8-bit images ('logistic').
     """
     if not isinstance(importance_samples, int) or importance_samples < 1:
         raise ValueError(f"importance_samples: expected a positive whole number, got {importance_samples!r}")
@@ -251,25 +266,38 @@ def evaluate(model: HVAE, dataset: Dataset, importance_samples: int = 1, *, batc
         torch.manual_seed(seed)
         for x, y in DataLoader(dataset, batch_size):
             x, y = x.to(device), y.to(device) if model.text_length is not None else None
+            x = torch.bernoulli(x) if binarise else x
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 draws = [model(x, y) for _ in range(importance_samples)]
-            weights = torch.stack([draw.log_weight for draw in draws]).double()
-            bound = torch.logsumexp(weights, 0) - math.log(importance_samples)
+            bounds = importance_bounds(torch.stack([draw.log_weight for draw in draws]).double())
             rows = [torch.cat([d.elbo[:, None], d.reconstruction[:, None], d.kl], 1).double() for d in draws]
-            columns = torch.cat([torch.stack(rows).mean(0), bound[:, None]], 1).sum(0)  # (3 + L,)
+            columns = torch.cat([torch.stack(rows).mean(0), *bounds.values()], 1).sum(0)  # (2 + L + bounds,)
             sums = columns if sums is None else sums + columns
     model.train(was_training)
-    elbo, reconstruction, *kl, log_likelihood = (sums / len(dataset)).tolist()
+    elbo, reconstruction, *rest = (sums / len(dataset)).tolist()
+    kl, bounds = rest[: len(model.levels)], dict(zip(bounds, rest[len(model.levels) :]))
+    log_likelihood = bounds[importance_samples]
     c, h, w = model.input_shape
     bits = -log_likelihood / (c * h * w * math.log(2)) if model.likelihood == "logistic" else None
-    return {"elbo": elbo, "reconstruction": reconstruction, "kl": kl, "log_likelihood": log_likelihood,
+    return {"elbo": elbo, "reconstruction": reconstruction, "kl": kl, "log_likelihood": log_likelihood, "bounds": bounds,
             "importance_samples": importance_samples, "images": len(dataset), "bits_per_dim": bits}
 
 
+def importance_bounds(log_weights: Tensor) -> dict[int, Tensor]:
+    """Lower bounds on log p(x) from log weights (K, B): by number of draws k = 1, 10, ... K, each (B, 1).
+
+    For a k below K the draws form K // k groups, whose bounds are averaged.
+    """
+    total = len(log_weights)
+    numbers = sorted({10**i for i in range(len(str(total)))} | {total})
+    groups = {k: log_weights[: total // k * k].unflatten(0, (-1, k)) for k in numbers}  # (K // k, k, B)
+    return {k: (group.logsumexp(1) - math.log(k)).mean(0)[:, None] for k, group in groups.items()}
+
+
 def save_samples(model: HVAE, path: Path, seed: int) -> None:
-    """A sheet: the same 8 texts at temperatures 0.6, 0.8 and 1."""
+    """A sheet: the same 8 texts at temperatures 0.3, 0.5 and 0.8."""
     device = model.to_image.weight.device
-    rows = [model.sample(8, temperature=t, generator=torch.Generator().manual_seed(seed)) for t in (0.6, 0.8, 1.0)]
+    rows = [model.sample(8, temperature=t, generator=torch.Generator().manual_seed(seed)) for t in (0.3, 0.5, 0.8)]
     save_image(torch.cat(rows).to(device), path, nrow=8, pad_value=1)
 
 
@@ -314,7 +342,7 @@ def batches(n: int, batch_size: int, seed: int, start: int, steps: int) -> Itera
 
 def hold_out(dataset: Dataset, seed: int, most: int = 512) -> tuple[Dataset, Dataset]:
     """(training set, validation set): another split where the data are rendered, else a tenth set aside."""
-    if isinstance(dataset, CaptchaDataset):
+    if hasattr(dataset, "other_split"):
         return dataset, dataset.other_split("val", most)
     n = min(most, max(1, len(dataset) // 10))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -323,12 +351,50 @@ def hold_out(dataset: Dataset, seed: int, most: int = 512) -> tuple[Dataset, Dat
 
 def model_for(dataset: Dataset, **arguments) -> HVAE:
     """The default model for this data set's images and texts; arguments override."""
+    if len(dataset) == 0:
+        raise ValueError("the training set has no images")
     image, _ = dataset[0]
     data = dict(input_channels=image.shape[0], input_size=tuple(image.shape[1:]),
                 text_length=getattr(dataset, "text_length", None))
     if data["text_length"] is not None:
         data["charset"] = dataset.charset
     return HVAE(**{**data, **arguments})
+
+
+def check_numbers(steps, batch_size, lr, beta_start, beta_share, closed_share, ema, eval_every, log_every) -> None:
+    """Raises ValueError naming the first argument of train() that is out of range."""
+    for name, value in dict(steps=steps, batch_size=batch_size, eval_every=eval_every, log_every=log_every).items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+    for name, value, fits in [("lr", lr, 0 < lr < math.inf), ("beta_start", beta_start, 0 < beta_start < math.inf),
+                              ("beta_share", beta_share, 0 < beta_share <= 1),
+                              ("closed_share", closed_share, 0 <= closed_share < 1), ("ema", ema, 0 <= ema < 1)]:
+        if not fits:
+            raise ValueError(f"{name}: {value!r} is out of range")
+
+
+def check_free(model: HVAE, free_nats: float | Sequence[float] | None) -> list[float]:
+    """The free nats of every level, z_1 first; by default 40, and 80 for the top."""
+    levels = len(model.levels)
+    if free_nats is None:
+        return [40.0] * (levels - 1) + [80.0]
+    free = list(free_nats) if isinstance(free_nats, (list, tuple)) else [free_nats]
+    free = free * levels if len(free) == 1 else free
+    if len(free) != levels or not all(0 <= nats < math.inf for nats in free):
+        raise ValueError(f"free_nats: expected a number >= 0, or {levels} (one per level), got {free_nats!r}")
+    return [float(nats) for nats in free]
+
+
+def check_closed(model: HVAE, closed_levels: int | None) -> int:
+    """The number of levels to close: the lower half of a top-down model, rounded up, unless it is given."""
+    levels = len(model.levels)
+    most = levels - 1 if model.top_down else 0
+    if closed_levels is None:
+        return min((levels + 1) // 2, most)
+    if not 0 <= closed_levels <= most:
+        raise ValueError(f"closed_levels: a {model.config['inference']} model of {levels} levels can close up to {most}, "
+                         f"got {closed_levels}")
+    return closed_levels
 
 
 def check_fit(model: HVAE, dataset: Dataset, batch_size: int) -> None:
@@ -352,17 +418,28 @@ def has_bf16(device: torch.device) -> bool:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def save_state(path: Path, model: HVAE, average: HVAE, optimizer, clip: Clipper, step: int, seconds: float) -> None:
+def write_files(out: Path, run: Run, seed: int) -> None:
+    """Everything a run leaves in its folder; the state last, because with it the step counts as done."""
+    write_csv(out / "metrics.csv", run.history)
+    plot_history(run.history, out / "loss.png")
+    save_samples(run.average, out / "samples.png", seed)
+    run.average.save(out / "hvae.pt.new")
+    os.replace(out / "hvae.pt.new", out / "hvae.pt")
+    save_state(out / "state.pt", run)
+
+
+def save_state(path: Path, run: Run) -> None:
     """Everything that resuming needs, written beside the old file and then put in its place."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    torch.save({"config": model.config, "model": model.state_dict(), "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(), "clip": dict(clip.__dict__), "step": step, "seconds": seconds,
-                "rng": torch.get_rng_state(), "rng_cuda": cuda}, path.with_suffix(".new"))
+    torch.save({"config": run.model.config, "model": run.model.state_dict(), "average": run.average.state_dict(),
+                "optimizer": run.optimizer.state_dict(), "clip": dict(run.clip.__dict__), "step": run.step,
+                "seconds": run.seconds, "rng": torch.get_rng_state(), "rng_cuda": cuda, "provenance": run.average.provenance},
+               path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
 
-def load_state(path: Path, model: HVAE, average: HVAE, optimizer, clip: Clipper, device) -> tuple[int, float]:
-    """Restores what save_state wrote; returns (step, seconds of training).
+def load_state(path: Path, run: Run) -> None:
+    """Restores what save_state wrote, random states included.
 
     Raises:
         ValueError: the file is not readable, or its run trained another architecture.
@@ -371,23 +448,29 @@ def load_state(path: Path, model: HVAE, average: HVAE, optimizer, clip: Clipper,
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: not a readable training state ({type(error).__name__})") from None
-    if state["config"] != model.config:
-        different = [key for key, value in model.config.items() if state["config"].get(key) != value]
+    config = run.model.config
+    required = {"config", "model", "average", "optimizer", "clip", "step", "seconds", "rng", "rng_cuda", "provenance"}
+    missing = required - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise ValueError(f"{path}: not a training state, it lacks {', '.join(sorted(missing))}")
+    if state["config"] != config:
+        different = [key for key, value in config.items() if state["config"].get(key) != value]
         raise ValueError(f"{path}: its run has another {', '.join(different)}")
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    clip.__dict__.update(state["clip"])
+    run.model.load_state_dict(state["model"])
+    run.average.load_state_dict(state["average"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.clip.__dict__.update(state["clip"])
+    run.step, run.seconds = state["step"], state["seconds"]
+    run.average.provenance = state["provenance"]
     torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and state["rng_cuda"]:
+    if torch.cuda.is_available() and state["rng_cuda"]:
         torch.cuda.set_rng_state_all(state["rng_cuda"])
-    return state["step"], state["seconds"]
 
 
-def provenance(dataset: Dataset, step: int, batch_size: int, seconds: float, metrics: dict, device) -> dict:
+def provenance(dataset: Dataset, run: Run, batch_size: int, binarise: bool, metrics: dict, device: torch.device) -> dict:
     """What a checkpoint says of its origin; plain values only."""
     return {"version": VERSION, "torch": str(torch.__version__), "data": getattr(dataset, "description", type(dataset).__name__),
-            "steps": step, "images_seen": step * batch_size, "seconds": round(seconds), "device": str(device),
+            "binarised": binarise, "steps": run.step, "images_seen": run.step * batch_size, "seconds": round(run.seconds), "device": str(device),
             "cpus": os.cpu_count(), "held_out": metrics}
 
 
@@ -416,87 +499,131 @@ def describe(row: dict, levels: int) -> str:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Trains an HVAE on rendered captchas, or on a folder of images.",
+def make_parser(config: str) -> argparse.ArgumentParser:
+    """The command line, with the defaults of one of CONFIGS."""
+    parser = argparse.ArgumentParser(description="Trains an HVAE on rendered captchas, on MNIST or on a folder of images.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    option = parser.add_argument
-    data = parser.add_argument_group("data")
-    data.add_argument("--folder", metavar="DIR", help="train on the images in this folder instead of rendered captchas")
-    data.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size; the renderer's 60 160, or the folder's own")
-    data.add_argument("--length", type=int, help="symbols in a text; 4 when rendering, none for a folder")
-    data.add_argument("--charset", help="the symbols of the texts; digits and upper-case letters")
-    data.add_argument("--fonts", nargs="+", metavar="FILE", help="TrueType files to render with")
-    data.add_argument("--images", type=int, default=1_000_000, help="size of the rendered training set")
-    data.add_argument("--cache", help="'memory', or a folder: keep rendered images there")
-    data.add_argument("--workers", type=int, default=1, help="processes that load or render")
-    made = parser.add_argument_group("model")
-    made.add_argument("--inference", choices=("top-down", "bottom-up"), default="top-down", help="the form of q(z|x)")
-    made.add_argument("--likelihood", choices=("gaussian", "logistic", "bernoulli"), default="gaussian", help="p(x|z_1)")
-    made.add_argument("--sigma", type=float, default=0.2, help="of the gaussian, for images in [-1, 1]")
-    made.add_argument("--mixtures", type=int, default=1, help="components of the logistic")
-    made.add_argument("--unconditional", action="store_true", help="leave the texts unused")
+    data = parser.add_argument_group("data").add_argument
+    data("--data", choices=("captcha", "mnist"), default="captcha", help="rendered captchas, or handwritten digits")
+    data("--folder", metavar="DIR", help="train on the images in this folder instead")
+    data("--root", default="data", metavar="DIR", help="where MNIST is, or is downloaded to")
+    data("--size", type=int, nargs=2, metavar=("H", "W"), help="image size; the renderer's 60 160, or the folder's own")
+    data("--length", type=int, help="symbols in a text; 4 when rendering, else none; 1 gives the model MNIST's digits")
+    data("--charset", help="the symbols of the texts; digits and upper-case letters")
+    data("--fonts", nargs="+", metavar="FILE", help="TrueType files to render with")
+    data("--images", type=int, help="of the rendered training set, a million; with --evaluate, how many to measure on")
+    data("--cache", help="'memory', or a folder: keep rendered images there")
+    data("--workers", type=int, default=1, help="processes that load or render")
+    made = parser.add_argument_group("model").add_argument
+    made("--config", choices=tuple(CONFIGS), default=config, help="architecture, and defaults of what follows")
+    made("--inference", choices=("top-down", "bottom-up"), help="the form of q(z|x); default: as in the config")
+    made("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z_1); default: as in the config")
+    made("--sigma", type=float, help="of the gaussian, for images in [-1, 1]; default: as in the config")
+    made("--mixtures", type=int, help="components of the logistic; default: as in the config")
+    made("--unconditional", action="store_true", help="leave the texts unused")
+    option = parser.add_argument_group("training").add_argument
     option("--steps", type=int, default=9_000, help="training steps in all")
     option("--batch-size", type=int, default=32, help="images per step")
     option("--lr", type=float, default=2e-3, help="learning rate")
     option("--warmup", type=int, default=200, help="steps over which the learning rate rises")
-    option("--beta-start", type=float, default=20.0, help="weight of the KL at the start; it falls to 1")
-    option("--beta-share", type=float, default=0.7, help="share of the steps over which it falls")
-    option("--free-nats", type=float, default=40.0, help="KL per level and image that costs nothing")
+    option("--beta-start", type=float, default=5.0, help="weight of the KL at the start; it goes to 1")
+    option("--beta-share", type=float, default=0.7, help="share of the steps over which it does")
+    option("--free-nats", type=float, nargs="+", metavar="NATS",
+           help="KL that costs nothing: for every level, or one each from z_1 up; default: 40, and 80 for the top")
     option("--closed-levels", type=int, help="lowest levels closed for a part of each batch; default: the lower half")
     option("--closed-share", type=float, default=0.5, help="that part of each batch")
     option("--ema", type=float, default=0.999, help="decay of the averaged weights")
+    option("--binarise", action="store_true", help="draw every pixel as 0 or 1, anew at every step")
     option("--eval-every", type=int, default=1000, help="steps between evaluations, samples and checkpoints")
     option("--device", help="cpu, cuda, ...; CUDA if there is one")
     option("--seed", type=int, default=0, help="of the weights, the noise and the order of the data")
     option("--out", default="checkpoints/run", help="folder for the model, the metrics and the pictures")
     option("--resume", action="store_true", help="continue the run in that folder")
-    option("--evaluate", metavar="FILE", help="train nothing: measure this checkpoint on captchas of the split 'test'")
-    option("--importance-samples", type=int, default=1, help="draws of z per image for the bound that --evaluate prints")
-    args = parser.parse_args(arguments)
+    measure = parser.add_argument_group("measuring").add_argument
+    measure("--evaluate", metavar="FILE", help="train nothing: measure this checkpoint on the split 'test'")
+    measure("--importance-samples", type=int, default=1, help="draws of z per image for its bound on log p(x)")
+    parser.set_defaults(**TRAINING[config])
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The arguments, with the defaults of the config that they name."""
+    parser = make_parser("captcha")
+    first = parser.parse_args(arguments)
+    if first.data == "mnist" and first.config == "captcha":
+        parser = make_parser("mnist-hvae")
+    elif first.config != "captcha":
+        parser = make_parser(first.config)
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser, args = parse(arguments)
     try:
         if args.evaluate:
-            print_evaluation(HVAE.load(args.evaluate, pick_device(args.device)), args)
+            model = HVAE.load(args.evaluate, pick_device(args.device))
+            print_evaluation(model, test_set_for(model, args), args.importance_samples)
             return
+        torch.manual_seed(args.seed)
         data_set = make_dataset(args)
-        kind = dict(inference=args.inference, likelihood=args.likelihood, sigma=args.sigma, mixtures=args.mixtures)
-        if args.unconditional:
-            kind["text_length"] = None
-        model = model_for(data_set, **kind)
+        model = make_model(data_set, args)
         print(model.summary())
-        train(model, data_set, steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup=args.warmup,
-              beta_start=args.beta_start, beta_share=args.beta_share, free_nats=args.free_nats,
-              closed_levels=args.closed_levels, closed_share=args.closed_share, ema=args.ema, device=args.device,
-              workers=args.workers, seed=args.seed, out=args.out, resume=args.resume, eval_every=args.eval_every)
+        model, _ = train(
+            model, data_set, steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup=args.warmup,
+            beta_start=args.beta_start, beta_share=args.beta_share, free_nats=args.free_nats,
+            closed_levels=args.closed_levels, closed_share=args.closed_share, ema=args.ema, binarise=args.binarise,
+            device=args.device, workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
+            eval_every=args.eval_every)
+        save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1] if args.folder else test_set_for(model, args))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"model, metrics and pictures in {args.out}")
 
 
-def print_evaluation(model: HVAE, args: argparse.Namespace, images: int = 512) -> None:
-    """A line per term of the ELBO, on the given folder or on held-out captchas of the model's kind."""
-    if args.folder:
-        test_set = CaptchaFolder(args.folder, model.input_shape[1:], model.text_length, model.charset)
-    else:
-        test_set = CaptchaDataset(images, "test", model.input_shape[1:], model.text_length or 4, model.charset)
-    metrics = evaluate(model, test_set, args.importance_samples)
-    print(f"{metrics['images']} held-out images, nats per image\n"
-          f"  -ELBO           {-metrics['elbo']:>10,.1f}\n"
-          f"  reconstruction  {metrics['reconstruction']:>10,.1f}")
-    for l in reversed(range(len(metrics["kl"]))):
-        print(f"  KL z_{l + 1}          {metrics['kl'][l]:>10,.1f}")
-    print(f"  -log p(x) bound {-metrics['log_likelihood']:>10,.1f}   ({args.importance_samples} importance samples)")
-    if metrics["bits_per_dim"] is not None:
-        print(f"  bits/dim        {metrics['bits_per_dim']:>10.3f}")
-
-
 def make_dataset(args: argparse.Namespace) -> Dataset:
-    """The data set that the command line asks for."""
+    """The training images that the command line asks for."""
     size = tuple(args.size) if args.size else None
     charset = {} if args.charset is None else {"charset": args.charset}
     if args.folder:
         return CaptchaFolder(args.folder, size, args.length, **charset)
-    return CaptchaDataset(args.images, image_size=size or (60, 160), text_length=args.length or 4, fonts=args.fonts,
-                          cache=args.cache, **charset)
+    if args.data == "mnist":
+        return MNIST("train", args.root, args.length)
+    images = 1_000_000 if args.images is None else args.images
+    length = 4 if args.length is None else args.length
+    return CaptchaDataset(images, image_size=size or (60, 160), text_length=length, fonts=args.fonts, cache=args.cache,
+                          **charset)
+
+
+def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
+    """The config that the command line names, fitted to the data, with the command line's changes."""
+    changes = {name: getattr(args, name) for name in ("inference", "likelihood", "sigma", "mixtures")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if args.unconditional:
+        changes["text_length"] = None
+    shape_free = {k: v for k, v in CONFIGS[args.config].items() if k not in ("input_size", "input_channels", "text_length")}
+    return model_for(dataset, **{**shape_free, **changes})
+
+
+def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:
+    """Held-out images for a model: of the folder, or of the data set, that the command line names."""
+    if args.folder:
+        return CaptchaFolder(args.folder, model.input_shape[1:], model.text_length, model.charset)
+    return test_images(model, args.data, args.root, args.images)
+
+
+def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) -> None:
+    """A line per term of the ELBO."""
+    binarise = model.provenance.get("binarised", False)
+    metrics = evaluate(model, test_set, importance_samples, binarise=binarise)
+    print(f"{metrics['images']} held-out images{', binarised' * binarise}, nats per image\n"
+          f"  -ELBO             {-metrics['elbo']:>10,.2f}\n"
+          f"  reconstruction    {metrics['reconstruction']:>10,.2f}")
+    for l in reversed(range(len(metrics["kl"]))):
+        print(f"  KL z_{l + 1}            {metrics['kl'][l]:>10,.2f}")
+    for k, bound in metrics["bounds"].items():
+        print(f"  -log p(x) <=      {-bound:>10,.2f}   {k} importance sample{'s' * (k > 1)}")
+    if metrics["bits_per_dim"] is not None:
+        print(f"  bits/dim          {metrics['bits_per_dim']:>10.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,18 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(2)
+
+
+@pytest.fixture
+def mnist_root() -> Path:
+    """The folder that holds MNIST/raw; the test is skipped where there is none."""
+    root = Path(__file__).resolve().parent.parent
+    for folder in (root / "data", root.parent / "shared" / "data"):
+        if (folder / "MNIST" / "raw").is_dir():
+            return folder
+    pytest.skip("MNIST is not in data/")

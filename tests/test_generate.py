@@ -100,8 +100,8 @@ def sheet(*arguments):
 
 
 def tiles(image, n):
-    """The n images on a sheet of 4 columns, (n, 3, H, W)."""
-    corner = lambda i: (2 + i // 4 * (H + 2), 2 + i % 4 * (W + 2))
+    """The n images on a sheet of 16 columns, (n, 3, H, W)."""
+    corner = lambda i: (2 + i // 16 * (H + 2), 2 + i % 16 * (W + 2))
     return torch.stack([image[:, top : top + H, left : left + W] for top, left in map(corner, range(n))])
 
 
@@ -127,7 +127,7 @@ def written(folder):
 # ------------------------------------------------------------------------------------------------ command line: sheets
 
 
-@pytest.mark.parametrize("n, rows, columns", [(2, 1, 2), (4, 1, 4), (5, 2, 4), (70, 18, 4)])
+@pytest.mark.parametrize("n, rows, columns", [(2, 1, 2), (16, 1, 16), (17, 2, 16), (70, 5, 16)])
 def test_size_of_the_sheet(n, rows, columns, conditional, capsys):
     image = sheet("--checkpoint", conditional, "--n", n)
     assert image.shape == (3, rows * (H + 2) + 2, columns * (W + 2) + 2)
@@ -185,7 +185,7 @@ def test_script_runs_from_another_folder(conditional, here):
 
 
 def test_default_checkpoint_does_not_depend_on_the_folder():
-    assert generate.CHECKPOINT == ROOT / "checkpoints" / "hvae.pt"
+    assert generate.CHECKPOINTS["captcha"] == ROOT / "checkpoints" / "hvae.pt"
 
 
 # ------------------------------------------------------------------------------------------------ command line: files
@@ -452,12 +452,10 @@ def test_plot_reconstructions():
     model = tiny()
     items = images_for(model, 2)
     x, y = batch_of(model, items)
-    torch.manual_seed(1)
-    figure = plot_reconstructions(model, items)
+    figure = plot_reconstructions(model, items, seed=1)
     shown = pictures(figure, 2)
-    torch.manual_seed(1)
     torch.testing.assert_close(shown[0], as_shown(x))
-    torch.testing.assert_close(shown[1], as_shown(model.reconstruct(x, y)))
+    torch.testing.assert_close(shown[1], as_shown(model.reconstruct(x, y, seeded(1))))
     assert [axis.get_title() for axis in figure.axes[:2]] == ["".join(CHARSET[i] for i in row) for row in y]
 
 
@@ -481,8 +479,7 @@ def test_plot_levels_keeps_the_other_levels():
     model = tiny()
     items = images_for(model, 1)
     x, y = batch_of(model, items)
-    torch.manual_seed(1)
-    latents = model.encode(x, y)
+    latents = model.encode(x, y, seeded(1))
     for level, z in zip(model.levels, latents):
         level.prior = lambda h, z=z: Normal(z.expand(len(h), *z.shape[1:]), torch.full((len(h), *z.shape[1:]), -80.0))
     model.encode = lambda *_: latents
@@ -495,11 +492,9 @@ def test_ends_of_the_interpolation(kind):
     model = tiny(**KINDS[kind])
     items = images_for(model, 4)
     pair = [items[3], items[1]]
-    torch.manual_seed(1)
-    figure = plot_interpolation(model, items, (3, 1), 3)
+    figure = plot_interpolation(model, items, (3, 1), 3, seed=1)
     x, y = batch_of(model, pair)
-    torch.manual_seed(1)
-    latents = model.encode(x, y)
+    latents = model.encode(x, y, seeded(1))
     rows = pictures(figure, 1 if y is None else 2)
     for i, row in enumerate(rows):
         text = None if y is None else y[i : i + 1].expand(2, -1)
@@ -520,9 +515,9 @@ def test_plot_prior_vs_aggregate(monkeypatch):
     assert not torch.allclose(rows[0], rows[1], atol=0.01)
     draw = lambda **options: pictures(plot_prior_vs_aggregate(model, items, 2, **options), 2)
     zeros = torch.zeros(1, *model.levels[-1].shape)
-    monkeypatch.setattr(generate, "fit_aggregate", lambda *_: Aggregate(zeros, zeros))
+    monkeypatch.setattr(generate, "fit_aggregate", lambda *_, **__: Aggregate(zeros, zeros))
     assert torch.equal(*draw())  # the aggregate is N(0, I)
-    monkeypatch.setattr(generate, "fit_aggregate", lambda *_: Aggregate(zeros + 3, zeros))
+    monkeypatch.setattr(generate, "fit_aggregate", lambda *_, **__: Aggregate(zeros + 3, zeros))
     assert not torch.allclose(*draw(temperature=0.0), atol=0.01)
 
 
@@ -599,11 +594,10 @@ def test_slerp_of_zeros():
 def test_aggregate_is_the_mean_and_variance_of_z(kind, most, used):
     model = tiny(**KINDS[kind])
     items = images_for(model, 70)
-    torch.manual_seed(1)
-    aggregate = fit_aggregate(model, items, most)
-    torch.manual_seed(1)
+    aggregate = fit_aggregate(model, items, most, seed=1)
+    generator = seeded(1)
     parts = [part for part in (items[: min(64, used)], items[64:used]) if part]  # as many at once as in the source
-    z = torch.cat([model.encode(*batch_of(model, part))[-1] for part in parts])
+    z = torch.cat([model.encode(*batch_of(model, part), generator)[-1] for part in parts])
     assert len(z) == used and aggregate.mu.shape == aggregate.logvar.shape == (1, *model.levels[-1].shape)
     torch.testing.assert_close(aggregate.mu[0], z.mean(0))
     torch.testing.assert_close(aggregate.logvar[0].exp(), (z - z.mean(0)).square().mean(0))
@@ -639,14 +633,14 @@ def test_aggregate_works_as_a_normal(shape):
 
 @pytest.fixture(scope="module")
 def shipped():
-    if not generate.CHECKPOINT.is_file():
+    if not generate.CHECKPOINTS["captcha"].is_file():
         pytest.skip("checkpoints/hvae.pt is missing")
-    return HVAE.load(generate.CHECKPOINT)
+    return HVAE.load(generate.CHECKPOINTS["captcha"])
 
 
 def test_shipped_file_fits_the_default_model(shipped):
-    assert generate.CHECKPOINT.stat().st_size < 20e6
-    content = torch.load(generate.CHECKPOINT, weights_only=True)
+    assert generate.CHECKPOINTS["captcha"].stat().st_size < 20e6
+    content = torch.load(generate.CHECKPOINTS["captcha"], weights_only=True)
     default = HVAE()
     assert content["config"] == shipped.config == default.config
     shapes = lambda weights: {name: tuple(weight.shape) for name, weight in weights.items()}

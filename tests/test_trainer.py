@@ -20,6 +20,8 @@ from model import HVAE
 from trainer import Clipper, batches, evaluate, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
 
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
+FIGURES = ["interpolation.png", "levels.png", "originals.png", "prior_vs_aggregate.png", "reconstructions.png",
+           "temperatures.png"]
 FILES = ["hvae.pt", "loss.png", "metrics.csv", "samples.png", "state.pt"]
 
 
@@ -146,7 +148,7 @@ def test_model_for_data():
 
 
 def test_train_without_model_takes_the_default_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "HVAE", functools.partial(HVAE, **TINY))
+    monkeypatch.setattr(trainer, "model_for", functools.partial(trainer.model_for, **TINY))
     model, _ = train(dataset=captchas(), val_dataset=captchas(4, "val"), steps=1, batch_size=4, workers=0, out=tmp_path)
     assert (model.input_shape, model.text_length, model.charset) == ((3, 16, 32), 2, "AB")
 
@@ -198,8 +200,8 @@ def test_arguments_out_of_range(tmp_path):
         for value in (0, -1, 1.5, None):
             with pytest.raises(ValueError, match=name):
                 fit(tmp_path / "out", **{name: value})
-    for name, values in dict(lr=[0, -1, math.nan], beta_start=[0, math.nan], free_nats=[-1, math.nan], ema=[1, -0.1],
-                             beta_share=[0, 1.1], closed_share=[1, -0.1]).items():
+    for name, values in dict(lr=[0, -1, math.inf, math.nan], beta_start=[0, math.nan], beta_share=[0, 1.1],
+                             free_nats=[-1, math.nan, [1], [1, -1]], ema=[1, -0.1], closed_share=[1, -0.1]).items():
         for value in values:
             with pytest.raises(ValueError, match=name):
                 fit(tmp_path / "out", **{name: value})
@@ -450,6 +452,11 @@ def test_free_nats_have_no_gradient():
 # ------------------------------------------------------------------------------------------------ closed levels
 
 
+def test_closed_levels_by_default():
+    closed = lambda levels: trainer.check_closed(tiny(inner_config=[[("res", 4)]] * (levels - 1)), None)
+    assert [closed(levels) for levels in (1, 2, 3, 5, 6)] == [0, 1, 2, 3, 3]
+
+
 def test_closed_level_takes_the_priors_mean():
     model, x = tiny().eval(), bar_batch(4)
     _, draws = model.infer(x, None, torch.tensor([0, 1, 2, 0]))
@@ -669,7 +676,8 @@ def test_evaluate_is_the_average_over_images(inference, text_length):
 def test_evaluate_sees_the_images_and_texts():
     """By the KL of z_2, which no other draw changes in a top-down model."""
     model, data = tiny(text_length=1).eval(), bars(10)
-    assert evaluate(model, data, batch_size=4)["kl"][1] == pytest.approx(model(*data[:]).kl[:, 1].mean().item(), rel=1e-5)
+    kl = model(*data[:]).kl[:, 1].mean().item()
+    assert evaluate(model, data, batch_size=4)["kl"][1] == pytest.approx(kl, rel=1e-5)
 
 
 def test_importance_weighted_bound_by_hand():
@@ -770,15 +778,15 @@ def test_csv_is_a_plain_table(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ command line
 
-OPTIONS = """--folder --size --length --charset --fonts --images --cache --workers --inference --likelihood --sigma
+OPTIONS = """--data --folder --root --config --binarise --size --length --charset --fonts --images --cache --workers --inference --likelihood --sigma
     --mixtures --unconditional --steps --batch-size --lr --warmup --beta-start --beta-share --free-nats --closed-levels
-    --closed-share --ema --eval-every --device --seed --out --resume""".split()
+    --closed-share --ema --eval-every --device --seed --out --resume --evaluate --importance-samples""".split()
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Default models of a few channels, and a folder of images; returns the options to train on it."""
-    monkeypatch.setattr(trainer, "HVAE", functools.partial(HVAE, **TINY))
+    monkeypatch.setattr(trainer, "model_for", functools.partial(trainer.model_for, **TINY))
     for i in range(12):
         image = torch.rand(3, 16, 32, generator=torch.Generator().manual_seed(i))
         save_image(image, write_to(tmp_path / "in", ["AB", "BA"][i % 2], i))
@@ -796,7 +804,7 @@ def test_help():
 
 def test_command_line_on_folder(small, tmp_path, capsys):
     trainer.main(small + ["--length", "2", "--charset", "AB"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES + FIGURES)
     assert str(tmp_path / "out") in capsys.readouterr().out
     model = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert (model.input_shape, model.text_length, model.charset) == ((3, 16, 32), 2, "AB")
@@ -828,6 +836,19 @@ def test_command_line_resumes(small, tmp_path, capsys):
     assert [row["step"] for row in read_csv(tmp_path / "out" / "metrics.csv")] == [2, 4]
 
 
+def test_command_line_evaluates(small, tmp_path, capsys):
+    model = tiny(input_size=(16, 32), input_channels=3, likelihood="logistic", text_length=2, charset="AB")
+    model.save(tmp_path / "model.pt")
+    options = small[:2] + ["--evaluate", str(tmp_path / "model.pt"), "--importance-samples", "3", "--device", "cpu"]
+    trainer.main(options + ["--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    metrics = evaluate(model.eval(), CaptchaFolder(small[1], text_length=2, charset="AB"), 3)
+    for number in (-metrics["elbo"], metrics["reconstruction"], *metrics["kl"], -metrics["log_likelihood"]):
+        assert f"{number:,.2f}" in printed
+    assert f"{metrics['bits_per_dim']:.3f}" in printed
+    assert not (tmp_path / "out").exists()  # nothing is trained
+
+
 def test_command_line_seed_sets_the_weights(small, tmp_path):
     models = []
     for i, seed in enumerate("001"):
@@ -846,7 +867,7 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
     (["--charset", ""], "charset"), (["--workers", "-1"], "num_workers"), (["--eval-every", "0"], "eval_every"),
     (["--folder", "no/such/folder"], "no/such/folder"), (["--device", "toaster"], "toaster"), (["--wings"], "--wings"),
     (["--folder", "", "--images", "0"], "images"), (["--folder", "", "--length", "0"], "length"),
-    (["--folder", "", "--fonts", "no.ttf"], "no.ttf")])
+    (["--evaluate", "no/such/model.pt"], "no/such/model.pt"), (["--folder", "", "--fonts", "no.ttf"], "no.ttf")])
 def test_command_line_errors(options, message, small, capsys, monkeypatch):
     monkeypatch.setattr(trainer, "hold_out", functools.partial(hold_out, most=4))
     with pytest.raises(SystemExit) as stop:
