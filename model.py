@@ -11,6 +11,7 @@
 In the code a level's index is l - 1: `levels[0]` holds z_1.
 """
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -37,9 +38,9 @@ CONFIGS = {
     # the flat VAE of many a first course: three convolutions, a dense layer, a latent plane
     "mnist-vae": dict(outer_config=[("conv", 32), ("conv", 32), ("conv", 64, 2), ("dense", 128)], inner_config=[],
                       latent_channels=2, inference="bottom-up", **BINARY_DIGITS),
-    "mnist-hvae": dict(outer_config=[("conv", 16), ("conv", 32, 2), ("res", 32)],
-                       inner_config=[[("res", 32)], [("conv", 64, 2), ("res", 64)], [("res", 64)], [("dense", 128)]],
-                       latent_channels=(2, 2, 4, 4, 32), **BINARY_DIGITS),
+    "mnist-hvae": dict(outer_config=[("conv", 32, 2), ("res", 32)],
+                       inner_config=[[("conv", 64, 2), ("res", 64)], [("res", 64)], [("res", 64)], [("dense", 128)]],
+                       latent_channels=(2, 4, 4, 4, 32), **BINARY_DIGITS),
 }
 
 
@@ -451,7 +452,8 @@ class HVAE(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes config, weights and provenance into one file."""
         weights = {k: v.detach().cpu() for k, v in self.state_dict().items()}
-        torch.save({"format": "hvae-1", "config": self.config, "weights": weights, "provenance": self.provenance}, path)
+        content = {"config": self.config, "weights": weights, "provenance": self.provenance}
+        torch.save({"format": "hvae-1", **content, "checksum": checksum(**content)}, path)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> "HVAE":
@@ -469,16 +471,23 @@ class HVAE(nn.Module):
             raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
         if not isinstance(content, dict) or content.get("format") != "hvae-1":
             raise ValueError(f"{path}: not an HVAE checkpoint (no format 'hvae-1' in it)")
-        missing = {"config", "weights"} - set(content)
+        missing = {"config", "weights", "checksum"} - set(content)
         if missing:
             raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}")
+        provenance = content.get("provenance", {})
+        try:
+            damaged = content.get("checksum") != checksum(content["config"], content["weights"], provenance)
+        except (AttributeError, TypeError, RuntimeError):
+            damaged = True
+        if damaged:
+            raise ValueError(f"{path}: damaged, its checksum is wrong")
         try:
             model = cls(**content["config"])
             model.load_state_dict(content["weights"])
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: its config and weights do not fit this version: {reason[:160]}") from None
-        model.provenance = content.get("provenance", {})
+        model.provenance = provenance
         return model.to(pick_device(device or "cpu")).eval()
 
     def summary(self) -> str:
@@ -497,6 +506,15 @@ class HVAE(nn.Module):
         head = (f"HVAE, {len(self.levels)} levels, {self.config['inference']}, {self.likelihood}, images {c}x{h}x{w}, "
                 f"{text}, {count(self):,} parameters")
         return "\n".join([head, *lines])
+
+
+def checksum(config: dict, weights: dict[str, Tensor], provenance: dict) -> str:
+    """Of everything in a checkpoint: torch.load does not notice a flipped bit."""
+    digest = hashlib.sha256(repr((config, provenance)).encode())
+    for name, weight in weights.items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:

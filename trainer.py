@@ -15,11 +15,10 @@ Three things make samples follow their text; each was needed in our experiments:
 
 import argparse
 import copy
-import csv
 import math
 import os
+import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -33,12 +32,13 @@ from tqdm import tqdm
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
 from generate import save_figures, test_images
 from model import CONFIGS, HVAE, pick_device
+from runs import Interruption, Run, has_state, load_state, read_csv, replace, save_state, shield_worker, write_csv
 
 VERSION = "1.0"  # of this code, written into every checkpoint
 
 # What the command line does by default for each of model.CONFIGS. For MNIST the likelihood is what counts: the plain
 # ELBO, with a beta that rises instead of falling.
-LIKELIHOOD_FIRST = dict(batch_size=100, beta_start=0.1, beta_share=0.1, free_nats=[0.0], closed_share=0.0)
+LIKELIHOOD_FIRST = dict(batch_size=100, beta_start=0.1, beta_steps=2_000, free_nats=[0.0], closed_share=0.0)
 TRAINING = {
     "captcha": {},
     "mnist-vae": {**LIKELIHOOD_FIRST, "steps": 8_000},
@@ -50,12 +50,12 @@ def train(
     model: HVAE | None = None,
     dataset: Dataset | None = None,
     *,
-    steps: int = 9_000,
+    steps: int = 11_000,
     batch_size: int = 32,
     lr: float = 2e-3,
     warmup: int = 200,
     beta_start: float = 5.0,
-    beta_share: float = 0.7,
+    beta_steps: int = 7_700,
     free_nats: float | Sequence[float] | None = None,
     closed_levels: int | None = None,
     closed_share: float = 0.5,
@@ -67,6 +67,7 @@ def train(
     seed: int = 0,
     out: str | Path = "checkpoints/run",
     resume: bool = False,
+    keep: bool = False,
     val_dataset: Dataset | None = None,
     eval_every: int = 1000,
     log_every: int = 50,
@@ -74,13 +75,15 @@ def train(
     """Trains a model and returns it, with averaged weights and in eval mode, and its history.
 
     In the folder `out`: hvae.pt (the averaged model, for HVAE.load), metrics.csv (the history), loss.png, samples.png,
-    and state.pt, from which `resume=True` goes on as if there had been no interruption.
+    and state.pt, from which `resume=True` goes on as if there had been no interruption. SIGTERM and Ctrl-C save the
+    state before they end the run.
 
     Args:
         model: None is HVAE(), with the data's image size and text.
         dataset: of (image (C, H, W) in [0, 1], label (T,)); None renders captchas without end.
         steps, batch_size, lr, warmup: AdamW; the rate rises over `warmup` steps, then falls as a cosine to 2%.
-        beta_start, beta_share: beta falls exponentially from beta_start to 1 over this share of the steps.
+        beta_start, beta_steps: beta goes exponentially from beta_start to 1 over this many steps. A run that is over
+            before draws legible letters sooner: the fewer images, the less a latent should be allowed to hold.
         free_nats: per image, averaged over the batch; one number for every level, or one each from z_1 up. None is 40,
             and 80 for the top level, where colour and layout belong.
         closed_levels, closed_share: how many of the lowest levels are closed, and for which share of each batch; None
@@ -89,16 +92,20 @@ def train(
         binarise: draw every pixel as 0 or 1 with its value as the probability, anew whenever an image is used.
         device: None takes CUDA if there is one.
         bf16: None uses bfloat16 autocast where the hardware has it.
+        keep: keep the averaged model of every evaluation, as hvae-STEP.pt.
         val_dataset: held-out images; None renders the split 'val', or sets a tenth of other data aside.
         eval_every: steps between evaluations, samples and checkpoints.
         log_every: steps that a row of the history averages over.
 
     Raises:
-        ValueError: an argument is out of range, data and model do not fit, or `out` holds a run and resume is False.
+        ValueError: an argument is out of range, data and model do not fit, `out` holds a run and resume is False, or
+            both its states are damaged.
+        OSError: a file cannot be written.
+        FloatingPointError: naming the term of the ELBO that stayed NaN or infinite for many steps.
     """
-    check_numbers(steps, batch_size, lr, beta_start, beta_share, closed_share, ema, eval_every, log_every)
+    check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, ema, eval_every, log_every)
     out = Path(out)
-    if (out / "state.pt").exists() and not resume:
+    if has_state(out / "state.pt") and not resume:
         raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
     device = pick_device(device)
     bf16 = has_bf16(device) if bf16 is None else bf16
@@ -115,58 +122,64 @@ def train(
 
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
-    if resume and (out / "state.pt").exists():
+    if has_state(out / "state.pt"):
         load_state(out / "state.pt", run)
-        run.history = [row for row in read_csv(out / "metrics.csv") if row["step"] <= run.step]
     else:
         model.set_output_level(torch.stack([train_set[i][0] for i in range(min(64, len(train_set)))]).to(device))
         run.average.load_state_dict(model.state_dict())
 
     loader = DataLoader(train_set, batch_sampler=batches(len(train_set), batch_size, seed, run.step, steps),
-                        num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator())
+                        num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(),
+                        worker_init_fn=shield_worker)
     start = time.time() - run.seconds
     bar = tqdm(loader, initial=run.step, total=steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1)
-    for x, y in bar:
-        x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
-        x = torch.bernoulli(x) if binarise else x
-        y = y.to(device, non_blocking=True) if model.text_length is not None else None
-        for group in optimizer.param_groups:
-            group["lr"] = lr * learning_rate(run.step, steps, warmup)
-        beta = beta_start ** max(0.0, 1 - run.step / (beta_share * steps))
-        closed = torch.zeros(len(x), dtype=torch.long, device=device)
-        closed[: int(closed_share * len(x))] = closed_levels
+    with Interruption() as stop:
+        for x, y in bar:
+            x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
+            x = torch.bernoulli(x) if binarise else x
+            y = y.to(device, non_blocking=True) if model.text_length is not None else None
+            for group in optimizer.param_groups:
+                group["lr"] = lr * learning_rate(run.step, steps, warmup)
+            beta = beta_start ** max(0.0, 1 - run.step / beta_steps)
+            closed = torch.zeros(batch_size, dtype=torch.long, device=device)
+            closed[: int(closed_share * batch_size)] = closed_levels
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss, terms = loss_terms(model, x, y, beta, free_nats, closed)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if run.clip(model):
-            optimizer.step()
-        run.step += 1
-        update_average(run.average, model, min(ema, run.step / (run.step + 10)))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss, terms = loss_terms(model, x, y, beta, free_nats, closed)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            run.step += 1
+            if run.clip(model):
+                optimizer.step()
+                update_average(run.average, model, min(ema, run.step / (run.step + 10)))
+            else:
+                copy_buffers(run.average, model)  # batch norm has seen what was skipped
+            run.record(terms)
 
-        run.seconds = time.time() - start
-        run.terms.append({**terms, "grad_norm": run.clip.last})
-        checkpoint = run.step % eval_every == 0 or run.step == steps
-        if run.step % log_every == 0 or checkpoint:
-            row = run.log(batch_size, beta)
-            bar.set_postfix_str(describe(row, len(model.levels)))
-        if checkpoint:
-            metrics = evaluate(run.average, val_set, batch_size=batch_size, binarise=binarise, bf16=bf16)
-            row.update({"val_neg_elbo": -metrics["elbo"], "val_reconstruction": metrics["reconstruction"],
-                        **{f"val_kl_{l + 1}": kl for l, kl in enumerate(metrics["kl"])}})
-            run.average.provenance = provenance(dataset, run, batch_size, binarise, metrics, device)
-            write_files(out, run, seed)
-            tqdm.write(f"step {run.step}: held out -elbo {-metrics['elbo']:,.0f} nats = reconstruction "
-                       f"{metrics['reconstruction']:,.0f} + kl {sum(metrics['kl']):,.0f}")
+            run.seconds = time.time() - start
+            checkpoint = run.step % eval_every == 0 or run.step == steps
+            if run.step % log_every == 0 or checkpoint:
+                row = run.log(batch_size, beta)
+                bar.set_postfix_str(describe(row, len(model.levels)))
+            if checkpoint:
+                metrics = evaluate(run.average, val_set, batch_size=batch_size, binarise=binarise, bf16=bf16)
+                row.update(held_out_columns(metrics))
+                run.average.provenance = provenance(dataset, run, batch_size, binarise, metrics, device)
+                write_files(out, run, seed, keep)
+                tqdm.write(f"step {run.step}: held out -elbo {-metrics['elbo']:,.0f} nats = reconstruction "
+                           f"{metrics['reconstruction']:,.0f} + kl {sum(metrics['kl']):,.0f}")
+            if stop.signal:
+                save_state(out / "state.pt", run)
+                stop.strike()
     return run.average.to(memory_format=torch.contiguous_format), run.history
 
 
 def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float | Tensor, closed: Tensor):
     """The loss of a batch and, for the record, its terms as numbers.
 
-    `free_nats` is one number or (L,). `closed` (B,) is the number of lowest levels that take their prior's mean, per image; those have no KL. Free bits
-    (Kingma et al. 2016, eq. 15) hold for a level's mean over the images in which it is open.
+    `free_nats` is one number or (L,). `closed` (B,) is the number of lowest levels that take their prior's mean, per
+    image; those have no KL. Free bits (Kingma et al. 2016, eq. 15) hold for a level's mean over the images in which it
+    is open.
     """
     elbo = model(x, y, closed)
     is_open = closed[:, None] <= torch.arange(len(model.levels), device=x.device)  # (B, L)
@@ -181,50 +194,6 @@ def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats:
     return loss, {**terms, **{f"kl_{l + 1}": value for l, value in enumerate(kl.tolist())}}
 
 
-class Clipper:
-    """Clips gradients to the running mean of their norm, and skips a step whose norm is not finite or 20 times that.
-
-    A hierarchical VAE's loss has rare, huge gradients, of which one can end a run (Child 2021, section 3.2).
-    """
-
-    def __init__(self):
-        self.mean, self.last, self.skipped, self.seen = 0.0, 0.0, 0, 0
-
-    def __call__(self, model: torch.nn.Module) -> bool:
-        """True if the step should be taken."""
-        limit = self.mean if self.seen else math.inf
-        self.last = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-        if not math.isfinite(self.last) or (self.seen > 300 and self.last > 20 * self.mean):
-            self.skipped += 1
-            return False
-        self.mean = 0.98 * self.mean + 0.02 * min(self.last, 2 * self.mean) if self.seen else self.last
-        self.seen += 1
-        return True
-
-
-@dataclass
-class Run:
-    """What a training run is made of, and what a checkpoint must hold."""
-
-    model: HVAE
-    average: HVAE  # with the moving average of the model's weights
-    optimizer: torch.optim.Optimizer
-    clip: Clipper = field(default_factory=Clipper)
-    step: int = 0
-    seconds: float = 0.0
-    history: list[dict] = field(default_factory=list)
-    terms: list[dict] = field(default_factory=list)  # of the steps since the last row of the history
-
-    def log(self, batch_size: int, beta: float) -> dict:
-        """Adds a row to the history: means over the steps since the last one."""
-        means = {name: sum(terms[name] for terms in self.terms) / len(self.terms) for name in self.terms[0]}
-        row = {"step": self.step, "images": self.step * batch_size, "seconds": round(self.seconds, 1),
-               "beta": round(beta, 3), **means, "skipped": self.clip.skipped}
-        self.history.append(row)
-        self.terms = []
-        return row
-
-
 def learning_rate(step: int, steps: int, warmup: int) -> float:
     """The factor on lr: a linear rise, then half a cosine from 1 to 0.02."""
     if step < warmup:
@@ -237,7 +206,12 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
 def update_average(average: HVAE, model: HVAE, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model; buffers (batch norm's statistics) are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for mine, theirs in zip(average.buffers(), model.buffers()):
+    copy_buffers(model, average)
+
+
+@torch.no_grad()
+def copy_buffers(source: HVAE, target: HVAE) -> None:
+    for theirs, mine in zip(source.buffers(), target.buffers()):
         mine.copy_(theirs)
 
 
@@ -311,13 +285,13 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None):
     images = [row["images"] for row in history]
     for key, label in [("neg_elbo", "training"), ("reconstruction_closed", "reconstruction, lower levels closed")]:
         if history and key in history[0]:
-            left.plot(images, [row[key] for row in history], label=label, linewidth=1)
+            left.plot(images, [row.get(key, math.nan) for row in history], label=label, linewidth=1)
     held_out = [row for row in history if row.get("val_neg_elbo") not in (None, "")]
     left.plot([row["images"] for row in held_out], [row["val_neg_elbo"] for row in held_out], "k.-", label="held out")
     left.set(xlabel="images seen", ylabel="-ELBO (nats per image)")
     left.legend()
     for key in [key for key in (history[0] if history else {}) if key.startswith("kl_")]:
-        right.plot(images, [row[key] for row in history], label=f"z_{key[3:]}", linewidth=1)
+        right.plot(images, [row.get(key, math.nan) for row in history], label=f"z_{key[3:]}", linewidth=1)
     right.set(xlabel="images seen", ylabel="KL (nats per image)", yscale="log")
     right.legend(ncols=2)
     if path is not None:
@@ -361,13 +335,13 @@ def model_for(dataset: Dataset, **arguments) -> HVAE:
     return HVAE(**{**data, **arguments})
 
 
-def check_numbers(steps, batch_size, lr, beta_start, beta_share, closed_share, ema, eval_every, log_every) -> None:
+def check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, ema, eval_every, log_every) -> None:
     """Raises ValueError naming the first argument of train() that is out of range."""
-    for name, value in dict(steps=steps, batch_size=batch_size, eval_every=eval_every, log_every=log_every).items():
+    whole = dict(steps=steps, batch_size=batch_size, beta_steps=beta_steps, eval_every=eval_every, log_every=log_every)
+    for name, value in whole.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
     for name, value, fits in [("lr", lr, 0 < lr < math.inf), ("beta_start", beta_start, 0 < beta_start < math.inf),
-                              ("beta_share", beta_share, 0 < beta_share <= 1),
                               ("closed_share", closed_share, 0 <= closed_share < 1), ("ema", ema, 0 <= ema < 1)]:
         if not fits:
             raise ValueError(f"{name}: {value!r} is out of range")
@@ -418,82 +392,39 @@ def has_bf16(device: torch.device) -> bool:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def write_files(out: Path, run: Run, seed: int) -> None:
+def write_files(out: Path, run: Run, seed: int, keep: bool) -> None:
     """Everything a run leaves in its folder; the state last, because with it the step counts as done."""
     write_csv(out / "metrics.csv", run.history)
     plot_history(run.history, out / "loss.png")
     save_samples(run.average, out / "samples.png", seed)
-    run.average.save(out / "hvae.pt.new")
-    os.replace(out / "hvae.pt.new", out / "hvae.pt")
+    replace(out / "hvae.pt", run.average.save)
+    if keep:
+        replace(out / f"hvae-{run.step:06d}.pt", run.average.save)
     save_state(out / "state.pt", run)
 
 
-def save_state(path: Path, run: Run) -> None:
-    """Everything that resuming needs, written beside the old file and then put in its place."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    torch.save({"config": run.model.config, "model": run.model.state_dict(), "average": run.average.state_dict(),
-                "optimizer": run.optimizer.state_dict(), "clip": dict(run.clip.__dict__), "step": run.step,
-                "seconds": run.seconds, "rng": torch.get_rng_state(), "rng_cuda": cuda, "provenance": run.average.provenance},
-               path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
-
-
-def load_state(path: Path, run: Run) -> None:
-    """Restores what save_state wrote, random states included.
-
-    Raises:
-        ValueError: the file is not readable, or its run trained another architecture.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable training state ({type(error).__name__})") from None
-    config = run.model.config
-    required = {"config", "model", "average", "optimizer", "clip", "step", "seconds", "rng", "rng_cuda", "provenance"}
-    missing = required - set(state if isinstance(state, dict) else ())
-    if missing:
-        raise ValueError(f"{path}: not a training state, it lacks {', '.join(sorted(missing))}")
-    if state["config"] != config:
-        different = [key for key, value in config.items() if state["config"].get(key) != value]
-        raise ValueError(f"{path}: its run has another {', '.join(different)}")
-    run.model.load_state_dict(state["model"])
-    run.average.load_state_dict(state["average"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.clip.__dict__.update(state["clip"])
-    run.step, run.seconds = state["step"], state["seconds"]
-    run.average.provenance = state["provenance"]
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available() and state["rng_cuda"]:
-        torch.cuda.set_rng_state_all(state["rng_cuda"])
+def held_out_columns(metrics: dict) -> dict:
+    """What evaluate() found, as columns of the history."""
+    kl = {f"val_kl_{l + 1}": value for l, value in enumerate(metrics["kl"])}
+    return {"val_neg_elbo": -metrics["elbo"], "val_reconstruction": metrics["reconstruction"], **kl}
 
 
 def provenance(dataset: Dataset, run: Run, batch_size: int, binarise: bool, metrics: dict, device: torch.device) -> dict:
     """What a checkpoint says of its origin; plain values only."""
-    return {"version": VERSION, "torch": str(torch.__version__), "data": getattr(dataset, "description", type(dataset).__name__),
-            "binarised": binarise, "steps": run.step, "images_seen": run.step * batch_size, "seconds": round(run.seconds), "device": str(device),
+    return {"version": VERSION, "torch": str(torch.__version__),
+            "data": getattr(dataset, "description", type(dataset).__name__), "binarised": binarise, "steps": run.step,
+            "images_seen": run.step * batch_size, "seconds": round(run.seconds), "device": str(device),
             "cpus": os.cpu_count(), "held_out": metrics}
-
-
-def write_csv(path: Path, history: Sequence[dict]) -> None:
-    names = list(dict.fromkeys(name for row in history for name in row))
-    with open(path.with_suffix(".new"), "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in history)
-    os.replace(path.with_suffix(".new"), path)
-
-
-def read_csv(path: str | Path) -> list[dict]:
-    """A history that train() wrote: a list of rows, numbers where there are any."""
-    with open(path, newline="") as file:
-        rows = [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-    return [{**row, **{k: int(row[k]) for k in ("step", "images", "skipped")}} for row in rows]
 
 
 def describe(row: dict, levels: int) -> str:
     """A row for the progress bar: nats per image, levels from the top down."""
+    if "neg_elbo" not in row:
+        return f"{row['skipped']} steps skipped, none taken"
     kl = " ".join(f"{row[f'kl_{l}']:.0f}" for l in range(levels, 0, -1))
-    return f"-elbo {row['neg_elbo']:,.0f} nats = rec {row['reconstruction']:,.0f} + kl {kl} | beta {row['beta']:.1f}"
+    skipped = f" | skipped {row['skipped']}" if row["skipped"] else ""
+    return (f"-elbo {row['neg_elbo']:,.0f} nats = rec {row['reconstruction']:,.0f} + kl {kl} | beta {row['beta']:.1f}"
+            f"{skipped}")
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -522,12 +453,12 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     made("--mixtures", type=int, help="components of the logistic; default: as in the config")
     made("--unconditional", action="store_true", help="leave the texts unused")
     option = parser.add_argument_group("training").add_argument
-    option("--steps", type=int, default=9_000, help="training steps in all")
+    option("--steps", type=int, default=11_000, help="training steps in all")
     option("--batch-size", type=int, default=32, help="images per step")
     option("--lr", type=float, default=2e-3, help="learning rate")
     option("--warmup", type=int, default=200, help="steps over which the learning rate rises")
     option("--beta-start", type=float, default=5.0, help="weight of the KL at the start; it goes to 1")
-    option("--beta-share", type=float, default=0.7, help="share of the steps over which it does")
+    option("--beta-steps", type=int, default=7_700, help="steps over which it does")
     option("--free-nats", type=float, nargs="+", metavar="NATS",
            help="KL that costs nothing: for every level, or one each from z_1 up; default: 40, and 80 for the top")
     option("--closed-levels", type=int, help="lowest levels closed for a part of each batch; default: the lower half")
@@ -538,6 +469,7 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     option("--device", help="cpu, cuda, ...; CUDA if there is one")
     option("--seed", type=int, default=0, help="of the weights, the noise and the order of the data")
     option("--out", default="checkpoints/run", help="folder for the model, the metrics and the pictures")
+    option("--keep", action="store_true", help="keep the model of every evaluation, as hvae-STEP.pt")
     option("--resume", action="store_true", help="continue the run in that folder")
     measure = parser.add_argument_group("measuring").add_argument
     measure("--evaluate", metavar="FILE", help="train nothing: measure this checkpoint on the split 'test'")
@@ -570,13 +502,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(model.summary())
         model, _ = train(
             model, data_set, steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup=args.warmup,
-            beta_start=args.beta_start, beta_share=args.beta_share, free_nats=args.free_nats,
+            beta_start=args.beta_start, beta_steps=args.beta_steps, free_nats=args.free_nats,
             closed_levels=args.closed_levels, closed_share=args.closed_share, ema=args.ema, binarise=args.binarise,
             device=args.device, workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
-            eval_every=args.eval_every)
+            keep=args.keep, eval_every=args.eval_every)
         save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1] if args.folder else test_set_for(model, args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; go on with --out {args.out} --resume")
     print(f"model, metrics and pictures in {args.out}")
 
 

@@ -224,7 +224,7 @@ def test_flat_vae_in_one_command(digits, tmp_path, capsys):
 
 def test_defaults_of_the_command_line():
     _, args = trainer.parse([])
-    assert (args.config, args.steps, args.binarise) == ("captcha", 9_000, False)
+    assert (args.config, args.steps, args.binarise) == ("captcha", 11_000, False)
     _, args = trainer.parse(["--data", "mnist"])
     assert (args.config, args.binarise, args.closed_share) == ("mnist-hvae", True, 0.0)
     _, args = trainer.parse(["--data", "mnist", "--config", "mnist-vae", "--steps", "5"])

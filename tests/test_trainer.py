@@ -17,7 +17,8 @@ from torchvision.utils import save_image
 import trainer
 from dataset import CaptchaDataset, CaptchaFolder
 from model import HVAE
-from trainer import Clipper, batches, evaluate, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
+from runs import Clipper, read_state
+from trainer import batches, evaluate, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
 
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
 FIGURES = ["interpolation.png", "levels.png", "originals.png", "prior_vs_aggregate.png", "reconstructions.png",
@@ -47,7 +48,7 @@ def captchas(n=12, split="train"):
 
 def fit(out, model=None, dataset=None, **arguments):
     """A short run of train()."""
-    settings = dict(steps=8, batch_size=8, warmup=3, free_nats=1.0, eval_every=4, log_every=2, workers=0, device="cpu")
+    settings = dict(steps=8, batch_size=8, warmup=3, beta_steps=5, free_nats=1.0, eval_every=4, log_every=2, workers=0, device="cpu")
     return train(model or tiny(), dataset or bars(), out=out, **{**settings, **arguments})
 
 
@@ -166,7 +167,7 @@ def test_workers_do_not_change_the_run(tmp_path):
 
 
 def test_beta_falls_from_start_to_one(tmp_path):
-    _, history = fit(tmp_path, steps=20, log_every=1, eval_every=20, beta_start=9.0, beta_share=0.5)
+    _, history = fit(tmp_path, steps=20, log_every=1, eval_every=20, beta_start=9.0, beta_steps=10)
     betas = [row["beta"] for row in history]  # row i is of step i, counted from 0
     assert betas[0] == 9 and betas[5] == pytest.approx(3, abs=1e-3)  # halfway, as an exponential
     assert betas == sorted(betas, reverse=True)
@@ -196,11 +197,11 @@ def test_evaluations_between_log_steps(tmp_path):
 
 
 def test_arguments_out_of_range(tmp_path):
-    for name in ("steps", "batch_size", "eval_every", "log_every"):
+    for name in ("steps", "batch_size", "beta_steps", "eval_every", "log_every"):
         for value in (0, -1, 1.5, None):
             with pytest.raises(ValueError, match=name):
                 fit(tmp_path / "out", **{name: value})
-    for name, values in dict(lr=[0, -1, math.inf, math.nan], beta_start=[0, math.nan], beta_share=[0, 1.1],
+    for name, values in dict(lr=[0, -1, math.inf, math.nan], beta_start=[0, math.nan],
                              free_nats=[-1, math.nan, [1], [1, -1]], ema=[1, -0.1], closed_share=[1, -0.1]).items():
         for value in values:
             with pytest.raises(ValueError, match=name):
@@ -250,7 +251,7 @@ def interrupted_and_resumed(out, monkeypatch, name, call, **arguments):
 
 def assert_same_run(one, two):
     """Weights, average, and metrics except for the time are bitwise those of the other folder's run."""
-    states = [torch.load(out / "state.pt", weights_only=True) for out in (one, two)]
+    states = [read_state(out / "state.pt") for out in (one, two)]
     assert same(states[0]["model"], states[1]["model"])
     assert same(states[0]["average"], states[1]["average"])
     models = [HVAE.load(out / "hvae.pt") for out in (one, two)]
@@ -778,8 +779,8 @@ def test_csv_is_a_plain_table(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ command line
 
-OPTIONS = """--data --folder --root --config --binarise --size --length --charset --fonts --images --cache --workers --inference --likelihood --sigma
-    --mixtures --unconditional --steps --batch-size --lr --warmup --beta-start --beta-share --free-nats --closed-levels
+OPTIONS = """--data --folder --root --config --binarise --keep --size --length --charset --fonts --images --cache --workers --inference --likelihood --sigma
+    --mixtures --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats --closed-levels
     --closed-share --ema --eval-every --device --seed --out --resume --evaluate --importance-samples""".split()
 
 
@@ -808,6 +809,12 @@ def test_command_line_on_folder(small, tmp_path, capsys):
     assert str(tmp_path / "out") in capsys.readouterr().out
     model = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert (model.input_shape, model.text_length, model.charset) == ((3, 16, 32), 2, "AB")
+
+
+def test_command_line_keeps_every_model(small, tmp_path):
+    trainer.main(small + ["--eval-every", "1", "--keep"])
+    kept = [HVAE.load(tmp_path / "out" / f"hvae-{step:06d}.pt").provenance["steps"] for step in (1, 2)]
+    assert kept == [1, 2]
 
 
 def test_command_line_model_options(small, tmp_path):
