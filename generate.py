@@ -148,7 +148,12 @@ def plot_interpolation(model: HVAE, dataset: Dataset, pair: tuple[int, int] = (0
 
     The text cannot be half one and half another: in the first row it is that of the first image throughout, in the
     second row that of the second. An unconditional model has one row.
+
+    Raises:
+        ValueError: the data set has no such pair.
     """
+    if not all(0 <= i < len(dataset) for i in pair):
+        raise ValueError(f"pair: the data set has images 0 to {len(dataset) - 1}, got {pair}")
     x, y, texts = first_images(model, torch.utils.data.Subset(dataset, pair), 2)
     shares = torch.linspace(0, 1, n, device=x.device)
     ends = model.encode(x, y, torch.Generator().manual_seed(seed))
@@ -342,7 +347,7 @@ def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
     plot_samples(model, path=folder / "temperatures.png")
     plot_reconstructions(model, test_set, path=folder / "reconstructions.png")
     plot_levels(model, test_set, path=folder / "levels.png")
-    plot_interpolation(model, test_set, path=folder / "interpolation.png")
+    plot_interpolation(model, test_set, (0, min(1, len(test_set) - 1)), path=folder / "interpolation.png")
     plot_prior_vs_aggregate(model, test_set, path=folder / "prior_vs_aggregate.png")
     if has_plane(model):
         plot_plane(model, test_set, path=folder / "plane.png")

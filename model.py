@@ -51,6 +51,7 @@ class ELBO(NamedTuple):
     kl: Tensor  # (B, L)  KL(q(z_l|.) || p(z_l|.)), column l-1 for z_l
     elbo: Tensor  # (B,)    -(reconstruction + sum of kl) <= log p(x)
     log_weight: Tensor  # (B,)    log p(x, z) - log q(z|x) of the z drawn; its mean is the ELBO too
+    z_top: Tensor  # the draw of z_L
 
 
 class Normal(NamedTuple):
@@ -270,7 +271,7 @@ class HVAE(nn.Module):
             log_p_x = p_x.log_prob(x.float())
             kl = torch.stack([self.kl(l, *draw) for l, draw in enumerate(draws)], dim=1)
             log_weight = log_p_x + sum(p.log_prob(z) - q.log_prob(z) for q, p, z in draws)
-        return ELBO(-log_p_x, kl, log_p_x - kl.sum(1), log_weight)
+        return ELBO(-log_p_x, kl, log_p_x - kl.sum(1), log_weight, draws[-1][2])
 
     def kl(self, l: int, q: Normal, p: Normal, z: Tensor) -> Tensor:
         """The KL term of levels[l], (B,) nats.

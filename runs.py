@@ -56,6 +56,7 @@ class Run:
     model: HVAE
     average: HVAE  # with the moving average of the model's weights
     optimizer: torch.optim.Optimizer
+    mismatch: torch.nn.Module | None = None  # trainer.Mismatch, which has statistics of its own
     clip: Clipper = field(default_factory=Clipper)
     step: int = 0
     seconds: float = 0.0
@@ -99,8 +100,9 @@ def save_state(path: Path, run: Run) -> None:
     buffer = io.BytesIO()
     torch.save({"config": run.model.config, "model": run.model.state_dict(), "average": run.average.state_dict(),
                 "provenance": run.average.provenance, "optimizer": run.optimizer.state_dict(),
-                "clip": dict(run.clip.__dict__), "step": run.step, "seconds": run.seconds, "history": run.history,
-                "terms": run.terms, "rng": torch.get_rng_state(), "rng_cuda": cuda}, buffer)
+                "mismatch": run.mismatch.state_dict() if run.mismatch else {}, "clip": dict(run.clip.__dict__),
+                "step": run.step, "seconds": run.seconds, "history": run.history, "terms": run.terms,
+                "rng": torch.get_rng_state(), "rng_cuda": cuda}, buffer)
     content = buffer.getbuffer()
     checksum = hashlib.sha256(content).hexdigest().encode()
 
@@ -138,6 +140,8 @@ def load_state(path: Path, run: Run) -> None:
     run.average.load_state_dict(state["average"])
     run.average.provenance = state["provenance"]
     run.optimizer.load_state_dict(state["optimizer"])
+    if run.mismatch and state["mismatch"]:
+        run.mismatch.load_state_dict(state["mismatch"])
     run.clip.__dict__.update(state["clip"])
     run.step, run.seconds, run.history, run.terms = (state[key] for key in ("step", "seconds", "history", "terms"))
     torch.set_rng_state(state["rng"])
@@ -246,6 +250,9 @@ class Interruption:
 
 
 def shield_worker(_: int) -> None:
-    """In a data worker: Ctrl-C, which the terminal sends to all, is for the main process to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """In a data worker: a signal to the whole group, such as Ctrl-C, is for the main process to answer.
+
+    A worker ends when the main process asks it to, or is gone.
+    """
+    for number in Interruption.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

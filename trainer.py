@@ -2,15 +2,16 @@
 
 The loss of a batch, in nats per image (see `loss_terms`):
 
-    reconstruction + beta * sum_l max(KL_l, free_nats)
+    reconstruction + beta * sum_l max(KL_l, free_nats_l) + mismatch
 
-Three things make samples follow their text; each was needed in our experiments:
+Four things make samples follow their text and look like the data; each was needed in our experiments:
 
     beta starts high and falls to 1. While information is dear, the model looks for the cheapest description of an
         image, and the text is free.
     closed levels: for half of every batch the lowest levels take their prior's mean instead of seeing x. What is
         left to draw the glyphs from is the top latents and the text.
     free_nats: what a level may say for nothing, so that the upper ones are not abandoned.
+    mismatch: once beta is 1, what is free must still look like N(0, I) over all images, whence samples are drawn.
 """
 
 import argparse
@@ -121,11 +122,13 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-    run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
+    mismatch = Mismatch(model.levels[-1].shape[0]).to(device) if free_nats[-1] > 0 else None
+    run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer, mismatch)
     if has_state(out / "state.pt"):
         load_state(out / "state.pt", run)
     else:
-        model.set_output_level(torch.stack([train_set[i][0] for i in range(min(64, len(train_set)))]).to(device))
+        if not model.provenance:  # fresh weights
+            model.set_output_level(torch.stack([train_set[i][0] for i in range(min(64, len(train_set)))]).to(device))
         run.average.load_state_dict(model.state_dict())
 
     loader = DataLoader(train_set, batch_sampler=batches(len(train_set), batch_size, seed, run.step, steps),
@@ -145,7 +148,8 @@ def train(
             closed[: int(closed_share * batch_size)] = closed_levels
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, terms = loss_terms(model, x, y, beta, free_nats, closed)
+                # before beta is 1, the mismatch would empty z_L: what it holds then is worth less than its mismatch
+                loss, terms = loss_terms(model, x, y, beta, free_nats, closed, run.mismatch if beta == 1 else None)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             run.step += 1
@@ -174,24 +178,64 @@ def train(
     return run.average.to(memory_format=torch.contiguous_format), run.history
 
 
-def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float | Tensor, closed: Tensor):
+def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float | Tensor, closed: Tensor,
+               mismatch: "Mismatch | None" = None):
     """The loss of a batch and, for the record, its terms as numbers.
 
     `free_nats` is one number or (L,). `closed` (B,) is the number of lowest levels that take their prior's mean, per
     image; those have no KL. Free bits (Kingma et al. 2016, eq. 15) hold for a level's mean over the images in which it
-    is open.
+    is open. `mismatch` is for runs whose top level has free nats.
     """
     elbo = model(x, y, closed)
     is_open = closed[:, None] <= torch.arange(len(model.levels), device=x.device)  # (B, L)
     kl = (elbo.kl * is_open).sum(0) / is_open.sum(0)
     weight = beta * is_open.float().mean(0)
     loss = elbo.reconstruction.mean() + (weight * torch.maximum(kl, torch.as_tensor(free_nats).to(kl))).sum()
+    if mismatch is not None:
+        loss = loss + mismatch(elbo.z_top)
     whole = closed == 0
     reconstruction = elbo.reconstruction[whole].mean()
     terms = {"neg_elbo": (reconstruction + kl.sum()).item(), "reconstruction": reconstruction.item()}
     if not whole.all():
         terms["reconstruction_closed"] = elbo.reconstruction[~whole].mean().item()
     return loss, {**terms, **{f"kl_{l + 1}": value for l, value in enumerate(kl.tolist())}}
+
+
+class Mismatch(torch.nn.Module):
+    """How far z_L, over all images, is from its prior: the gradient of KL(N(mean, cov) || N(0, I)), in nats per image.
+
+    The KL of z_L is the information that it holds on x plus this mismatch (Hoffman & Johnson 2016). Where nats are free
+    neither has a gradient, and samples are then drawn from where no image is encoded to. The Gaussian is fitted by
+    moving averages; of a feature map, every position counts as a draw.
+    """
+
+    def __init__(self, channels: int, decay: float = 0.98, ridge: float = 0.05, wait: int = 60):
+        super().__init__()
+        self.decay, self.ridge, self.wait = decay, ridge, wait
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("cov", torch.eye(channels))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z_L (B, c) or (B, c, H, W) -> log N(z; mean, cov) - log N(z; 0, I), the mean over images; 0 at first."""
+        with torch.autocast(z.device.type, enabled=False):
+            positions = z[0, 0].numel()
+            z = z.float().transpose(0, 1).flatten(1).T  # (B * positions, c)
+            self.update(z.detach())
+            cov = self.cov + self.ridge * torch.eye(len(self.mean), device=z.device)
+            centred = z - self.mean
+            fitted = (centred @ torch.linalg.inv(cov) * centred).sum(1) + torch.logdet(cov)
+            gain = 0.5 * (z.square().sum(1) - fitted).mean() * positions
+            return gain * (self.seen > self.wait)
+
+    def update(self, z: Tensor) -> None:
+        if not z.isfinite().all():  # the step is skipped, and must leave no trace here
+            return
+        share = max(1 / (self.seen.item() + 1), 1 - self.decay)
+        self.mean += share * (z.mean(0) - self.mean)
+        centred = z - self.mean
+        self.cov += share * (centred.T @ centred / len(z) - self.cov)
+        self.seen += 1
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -410,11 +454,11 @@ def held_out_columns(metrics: dict) -> dict:
 
 
 def provenance(dataset: Dataset, run: Run, batch_size: int, binarise: bool, metrics: dict, device: torch.device) -> dict:
-    """What a checkpoint says of its origin; plain values only."""
+    """What a checkpoint says of its origin, and of the origin of the weights that training began with; plain values."""
     return {"version": VERSION, "torch": str(torch.__version__),
             "data": getattr(dataset, "description", type(dataset).__name__), "binarised": binarise, "steps": run.step,
             "images_seen": run.step * batch_size, "seconds": round(run.seconds), "device": str(device),
-            "cpus": os.cpu_count(), "held_out": metrics}
+            "cpus": os.cpu_count(), "held_out": metrics, "began_with": run.model.provenance}
 
 
 def describe(row: dict, levels: int) -> str:
@@ -447,6 +491,7 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     data("--workers", type=int, default=1, help="processes that load or render")
     made = parser.add_argument_group("model").add_argument
     made("--config", choices=tuple(CONFIGS), default=config, help="architecture, and defaults of what follows")
+    made("--init", metavar="FILE", help="begin with the architecture and the weights of this checkpoint instead")
     made("--inference", choices=("top-down", "bottom-up"), help="the form of q(z|x); default: as in the config")
     made("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z_1); default: as in the config")
     made("--sigma", type=float, help="of the gaussian, for images in [-1, 1]; default: as in the config")
@@ -529,11 +574,15 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
 
 
 def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
-    """The config that the command line names, fitted to the data, with the command line's changes."""
+    """The checkpoint to begin with, or the config that the command line names, with its changes, fitted to the data."""
     changes = {name: getattr(args, name) for name in ("inference", "likelihood", "sigma", "mixtures")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.unconditional:
         changes["text_length"] = None
+    if args.init and changes:
+        raise ValueError(f"the checkpoint of --init settles the architecture, including its {', '.join(changes)}")
+    if args.init:
+        return HVAE.load(args.init)
     shape_free = {k: v for k, v in CONFIGS[args.config].items() if k not in ("input_size", "input_channels", "text_length")}
     return model_for(dataset, **{**shape_free, **changes})
 

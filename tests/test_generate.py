@@ -137,14 +137,14 @@ def test_size_of_the_sheet(n, rows, columns, conditional, capsys):
 
 def test_sheet_of_one_image_and_default_number(conditional):
     assert sheet("--checkpoint", conditional, "--n", 1).shape[1:] in [(H, W), (H + 4, W + 4)]  # with or without a frame
-    assert sheet("--checkpoint", conditional).shape == (3, 8 * (H + 2) + 2, 4 * (W + 2) + 2)
+    assert sheet("--checkpoint", conditional).shape == (3, 2 * (H + 2) + 2, 16 * (W + 2) + 2)
 
 
 def test_sheet_shows_the_models_samples(conditional, unconditional):
     for path in (conditional, unconditional):
-        image = sheet("--checkpoint", path, "--n", 6, "--seed", 3, "--temperature", 0.5)
-        expected = HVAE.load(path).sample(6, None, 0.5, seeded(3))
-        assert torch.equal(tiles(image, 6), as_saved(expected))
+        image = sheet("--checkpoint", path, "--n", 17, "--seed", 3, "--temperature", 0.5)
+        expected = HVAE.load(path).sample(17, None, 0.5, seeded(3))
+        assert torch.equal(tiles(image, 17), as_saved(expected))
         assert image[:, :2].min() == 255 and image[:, -H:, -W:].min() == 255  # the frame and the empty place are white
 
 
@@ -234,7 +234,7 @@ def test_charset_that_no_file_name_holds():
     assert written(Path("out")) == ["000000.png"]
 
 
-PICTURES = ["interpolation", "levels", "prior_vs_aggregate", "reconstructions", "renders", "samples", "temperatures"]
+PICTURES = ["interpolation", "levels", "originals", "prior_vs_aggregate", "reconstructions", "samples", "temperatures"]
 
 
 def test_figures(conditional, capsys):
@@ -244,7 +244,7 @@ def test_figures(conditional, capsys):
     images = {name: read_image(f"docs/pictures/{name}.png").float() for name in PICTURES}
     assert all(image.std() > 1 for image in images.values())
     assert torch.equal(images["samples"], sheet("--checkpoint", conditional).float())
-    assert images["renders"].shape == images["samples"].shape
+    assert images["originals"].shape == images["samples"].shape
 
 
 def test_figures_of_an_unconditional_model(unconditional, monkeypatch):

@@ -18,7 +18,7 @@ import trainer
 from dataset import CaptchaDataset, CaptchaFolder
 from model import HVAE
 from runs import Clipper, read_state
-from trainer import batches, evaluate, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
+from trainer import Mismatch, batches, evaluate, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
 
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
 FIGURES = ["interpolation.png", "levels.png", "originals.png", "prior_vs_aggregate.png", "reconstructions.png",
@@ -78,7 +78,7 @@ def test_train_returns_model_and_history_and_writes_files(tmp_path, monkeypatch)
     monkeypatch.setattr(trainer, "plot_history", plot_history)
     out = tmp_path / "runs" / "first"
     model, history = fit(out)
-    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES + ["state.previous.pt"])
     assert all((out / name).stat().st_size > 0 for name in FILES)
     assert not model.training and not any(module.training for module in model.modules())
     assert [row["step"] for row in history] == [2, 4, 6, 8]
@@ -186,7 +186,7 @@ def test_learning_rate_rises_and_falls():
 
 def test_optimizer_follows_the_learning_rate(tmp_path):
     fit(tmp_path, steps=8, lr=1e-2)
-    group, = torch.load(tmp_path / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+    group, = read_state(tmp_path / "state.pt")["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(1e-2 * learning_rate(7, 8, 3))
 
 
@@ -202,7 +202,7 @@ def test_arguments_out_of_range(tmp_path):
             with pytest.raises(ValueError, match=name):
                 fit(tmp_path / "out", **{name: value})
     for name, values in dict(lr=[0, -1, math.inf, math.nan], beta_start=[0, math.nan],
-                             free_nats=[-1, math.nan, [1], [1, -1]], ema=[1, -0.1], closed_share=[1, -0.1]).items():
+                             free_nats=[-1, math.nan, [1, 1, 1], [1, -1]], ema=[1, -0.1], closed_share=[1, -0.1]).items():
         for value in values:
             with pytest.raises(ValueError, match=name):
                 fit(tmp_path / "out", **{name: value})
@@ -269,6 +269,7 @@ def assert_same_run(one, two):
     ("save_state", 2),  # the model, too
 ])
 def test_resume_is_bitwise(name, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "Mismatch", functools.partial(Mismatch, wait=1))
     fit(tmp_path / "whole")
     interrupted_and_resumed(tmp_path / "cut", monkeypatch, name, call)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -448,6 +449,76 @@ def test_free_nats_have_no_gradient():
     for free_nats, unchanged in [(2 * max(kl), [True, True]), (0.0, [False, False])]:
         one, ten = posterior_gradients(1.0, free_nats)[0], posterior_gradients(10.0, free_nats)[0]
         assert [torch.equal(a, b) for a, b in zip(one, ten)] == unchanged
+
+
+# ------------------------------------------------------------------------------------------------ mismatch
+
+
+def fitted(draw, channels, batches=300):
+    """A Mismatch that has seen batches of draw(), and what it then says of more of them, on average."""
+    torch.manual_seed(0)
+    mismatch = Mismatch(channels)
+    for _ in range(batches):
+        mismatch(draw())
+    return mismatch, sum(mismatch(draw()).item() for _ in range(50)) / 50
+
+
+def test_mismatch_is_the_kl_to_the_prior():
+    mean, std = torch.tensor([1.0, 0.0, -0.5]), torch.tensor([1.0, 2.0, 0.5])
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), torch.distributions.Normal(0, 1))
+    _, value = fitted(lambda: mean + std * torch.randn(64, 3), 3)
+    assert value == pytest.approx(expected.sum().item(), rel=0.15)
+    _, none = fitted(lambda: torch.randn(64, 3), 3)
+    assert abs(none) < 0.05
+
+
+def test_mismatch_sees_correlation_and_counts_the_places_of_a_map():
+    mix = torch.tensor([[1.0, 0.0], [0.9, math.sqrt(1 - 0.81)]])  # unit variances, correlation 0.9
+    _, value = fitted(lambda: torch.randn(64, 2) @ mix.T, 2)
+    assert value == pytest.approx(-0.5 * math.log(1 - 0.81), rel=0.2)
+    _, of_map = fitted(lambda: (torch.randn(64, 3, 5, 2) @ mix.T).permute(0, 3, 1, 2), 2)
+    assert of_map == pytest.approx(15 * -0.5 * math.log(1 - 0.81), rel=0.2)
+
+
+def test_mismatch_is_silent_at_first():
+    mismatch = Mismatch(3, wait=4)
+    values = [mismatch(5 + torch.randn(16, 3)).item() for _ in range(6)]
+    assert values[:4] == [0, 0, 0, 0] and min(values[4:]) > 1
+
+
+def test_mismatch_moves_draws_to_the_prior():
+    """Minimised over the place and the width of the draws it ends at N(0, I)."""
+    torch.manual_seed(0)
+    mean, log_std = torch.full((2,), 2.0, requires_grad=True), torch.tensor([1.0, -1.0], requires_grad=True)
+    mismatch, optimizer = Mismatch(2), torch.optim.Adam([mean, log_std], 0.02)
+    for _ in range(800):
+        loss = mismatch(mean + log_std.exp() * torch.randn(64, 2))
+        optimizer.zero_grad()
+        if loss.requires_grad:
+            loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(mean.detach(), torch.zeros(2), atol=0.15, rtol=0)
+    torch.testing.assert_close(log_std.detach(), torch.zeros(2), atol=0.15, rtol=0)
+
+
+def test_mismatch_forgets_what_is_not_finite():
+    mismatch, z = Mismatch(2, wait=0), torch.randn(16, 2)
+    mismatch(z)
+    before = copy.deepcopy(mismatch.state_dict())
+    assert not mismatch(torch.full((16, 2), math.nan)).isfinite()
+    assert all(torch.equal(mismatch.state_dict()[key], value) for key, value in before.items())
+
+
+def test_mismatch_is_part_of_the_loss():
+    model, x = tiny().eval(), bar_batch()
+    closed, mismatch = torch.zeros(8, dtype=torch.long), Mismatch(model.levels[-1].shape[0], wait=0)
+    mismatch.mean += 1
+    loss = []
+    for module in (None, mismatch):
+        torch.manual_seed(1)
+        loss.append(loss_terms(model, x, None, 3.0, 0.0, closed, copy.deepcopy(module))[0].item())
+    torch.manual_seed(1)
+    assert loss[1] - loss[0] == pytest.approx(mismatch(model(x).z_top).item(), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ closed levels
@@ -779,8 +850,8 @@ def test_csv_is_a_plain_table(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ command line
 
-OPTIONS = """--data --folder --root --config --binarise --keep --size --length --charset --fonts --images --cache --workers --inference --likelihood --sigma
-    --mixtures --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats --closed-levels
+OPTIONS = """--data --folder --root --config --init --binarise --keep --size --length --charset --fonts --images --cache
+    --workers --inference --likelihood --sigma --mixtures --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats --closed-levels
     --closed-share --ema --eval-every --device --seed --out --resume --evaluate --importance-samples""".split()
 
 
@@ -856,6 +927,21 @@ def test_command_line_evaluates(small, tmp_path, capsys):
     assert not (tmp_path / "out").exists()  # nothing is trained
 
 
+def test_command_line_begins_with_a_checkpoint(small, tmp_path, capsys):
+    model = tiny(input_size=(16, 32), input_channels=3, text_length=2, charset="AB", likelihood="gaussian", sigma=0.3)
+    model.provenance = {"steps": 7}
+    model.save(tmp_path / "model.pt")
+    init = ["--length", "2", "--charset", "AB", "--init", str(tmp_path / "model.pt")]
+    trainer.main(small + ["--lr", "1e-12"] + init)
+    trained = HVAE.load(tmp_path / "out" / "hvae.pt")
+    assert trained.config == model.config
+    assert trained.provenance["steps"] == 2 and trained.provenance["began_with"] == {"steps": 7}
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), weight, atol=1e-6, rtol=1e-5)
+    with pytest.raises(SystemExit):  # the data have no texts
+        trainer.main(small + init[-2:] + ["--out", str(tmp_path / "other")])
+
+
 def test_command_line_seed_sets_the_weights(small, tmp_path):
     models = []
     for i, seed in enumerate("001"):
@@ -874,7 +960,8 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
     (["--charset", ""], "charset"), (["--workers", "-1"], "num_workers"), (["--eval-every", "0"], "eval_every"),
     (["--folder", "no/such/folder"], "no/such/folder"), (["--device", "toaster"], "toaster"), (["--wings"], "--wings"),
     (["--folder", "", "--images", "0"], "images"), (["--folder", "", "--length", "0"], "length"),
-    (["--evaluate", "no/such/model.pt"], "no/such/model.pt"), (["--folder", "", "--fonts", "no.ttf"], "no.ttf")])
+    (["--evaluate", "no/such/model.pt"], "no/such/model.pt"), (["--init", "no/such/model.pt"], "no/such/model.pt"),
+    (["--init", "some.pt", "--sigma", "1", "--unconditional"], "sigma, text_length"), (["--folder", "", "--fonts", "no.ttf"], "no.ttf")])
 def test_command_line_errors(options, message, small, capsys, monkeypatch):
     monkeypatch.setattr(trainer, "hold_out", functools.partial(hold_out, most=4))
     with pytest.raises(SystemExit) as stop:
