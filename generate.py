@@ -24,17 +24,25 @@ from model import HVAE, Normal, pick_device
 CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
                "mnist": Path(__file__).resolve().parent / "checkpoints" / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
-TEMPERATURE = 0.4  # of the shipped checkpoint: glyphs stay legible, colours and layouts still differ
+Temperature = float | Sequence[float] | None  # for every level, or one each from z_1 up; None is `usual_temperature`
+TEXTURE, GLYPHS, TOP = 0.8, 0.3, 0.9  # usual temperatures of the lower levels, the middle ones and z_L
 
 
 # ------------------------------------------------------------------------------------------------ samples
 
 
+def usual_temperature(model: HVAE) -> list[float]:
+    """Cold in the middle for clear glyphs, warm below for texture and above for variety."""
+    below = len(model.levels) - 1
+    return [TEXTURE] * (below // 2) + [GLYPHS] * (below - below // 2) + [TOP]
+
+
 @torch.no_grad()
-def sample_batches(model: HVAE, n: int, text: str | None = None, temperature: float = TEMPERATURE,
+def sample_batches(model: HVAE, n: int, text: str | None = None, temperature: Temperature = None,
                    seed: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
     """Yields (images (<= 64, C, H, W) in [0, 1], their texts) until n are drawn; '' is the text of no text."""
     generator = torch.Generator().manual_seed(seed)
+    temperature = usual_temperature(model) if temperature is None else temperature
     for first in range(0, n, BATCH):
         count = min(BATCH, n - first)
         y = model.draw_text(count, text, generator)
@@ -42,7 +50,7 @@ def sample_batches(model: HVAE, n: int, text: str | None = None, temperature: fl
         yield model.sample(count, None if y is None else texts, temperature, generator).cpu(), texts
 
 
-def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature: float = TEMPERATURE, seed: int = 0,
+def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature: Temperature = None, seed: int = 0,
                  columns: int | None = None) -> Tensor:
     """n samples side by side: one image (3, H', W') in [0, 1]; by default about 640 pixels wide.
 
@@ -61,7 +69,7 @@ def columns_for(model: HVAE) -> int:
 
 
 def save_individual(model: HVAE, folder: str | Path, n: int, text: str | None = None,
-                    temperature: float = TEMPERATURE, seed: int = 0) -> None:
+                    temperature: Temperature = None, seed: int = 0) -> None:
     """Writes n samples as TEXT_INDEX.png, which dataset.CaptchaFolder reads back; INDEX.png if without text.
 
     Raises:
@@ -71,7 +79,7 @@ def save_individual(model: HVAE, folder: str | Path, n: int, text: str | None = 
         raise ValueError(f"n must be at least 1, got {n}")
     if model.text_length is not None and set(UNSAFE) & set(model.charset):
         raise ValueError("the charset has symbols that a file's name cannot hold")
-    model.sample(0, None, temperature)  # refuses bad arguments before a folder is made
+    model.temperatures(usual_temperature(model) if temperature is None else temperature)  # refused before a folder is made
     model.draw_text(1, text, torch.Generator())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,13 +113,15 @@ def show_rows(rows: Sequence[Tensor], titles: Sequence[str], path: str | Path | 
     return figure
 
 
-def plot_samples(model: HVAE, n: int = 6, text: str | None = None, temperatures: Sequence[float] = (0.2, 0.4, 0.7, 1.0),
+def plot_samples(model: HVAE, n: int = 6, text: str | None = None, temperatures: Sequence[Temperature] = (None, 0.3, 0.6, 1.0),
                  seed: int = 0, path: str | Path | None = None) -> Figure:
     """Samples of the same texts, a row per temperature."""
+    temperatures = [usual_temperature(model) if T is None else T for T in temperatures]
     y = model.draw_text(n, text, torch.Generator().manual_seed(seed))
     texts = None if y is None else [decode_text(row, model.charset) for row in y]
     rows = [model.sample(n, texts, t, torch.Generator().manual_seed(seed)) for t in temperatures]
-    return show_rows(rows, [f"T = {t:g}" for t in temperatures], path, texts or ())
+    name = lambda T: " ".join(f"{t:g}" for t in T) if isinstance(T, (list, tuple)) else f"{T:g}"
+    return show_rows(rows, [f"T = {name(T)}" for T in temperatures], path, texts or ())
 
 
 def plot_reconstructions(model: HVAE, dataset: Dataset, n: int = 6, seed: int = 0,
@@ -174,22 +184,23 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def plot_prior_vs_aggregate(model: HVAE, dataset: Dataset, n: int = 6, temperature: float = TEMPERATURE, seed: int = 0,
+def plot_prior_vs_aggregate(model: HVAE, dataset: Dataset, n: int = 6, temperature: Temperature = None, seed: int = 0,
                             path: str | Path | None = None) -> Figure:
     """Samples with z_L from the prior N(0, I) above samples with z_L from the aggregated posterior, same texts.
 
     If the rows look different, the prior covers regions that no image is encoded to.
     """
     aggregate = fit_aggregate(model, dataset, seed=seed)
+    T = model.temperatures(usual_temperature(model) if temperature is None else temperature)
     top = len(model.levels) - 1
     y = model.draw_text(n, None, torch.Generator().manual_seed(seed))
     texts = () if y is None else [decode_text(row, model.charset) for row in y]
     rows = []
     for source in (None, aggregate):
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda l, p, h: (source.expand(n) if source and l == top else p).sample(temperature, generator)
+        draw = lambda l, p, h: (source.expand(n) if source and l == top else p).sample(T[l], generator)
         rows.append(model.generate(n, y, draw).image)
-    return show_rows(rows, ["z_L ~ N(0, I)", "z_L ~ aggregate"], path, texts)
+    return show_rows(rows, ["z_L ~ p(z_L)", "z_L ~ aggregate"], path, texts)
 
 
 @torch.no_grad()
@@ -304,7 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--out", default="samples.png", metavar="FILE", help="the sheet of samples")
     option("--n", type=int, default=32, help="number of images")
     option("--text", help="what to draw; by default a different text on every image")
-    option("--temperature", type=float, default=TEMPERATURE, help="times the priors' standard deviations; 0 gives the modes")
+    option("--temperature", type=float, nargs="+", metavar="T",
+           help="times the priors' standard deviations, 0 gives the modes; one number, or one each from z_1 up; default: "
+           f"{TOP} for the top level, {GLYPHS} for the middle and {TEXTURE} for the lowest ones")
     option("--seed", type=int, default=0, help="another seed gives other samples")
     option("--individual", metavar="DIR", help="write one file per image into this folder instead of a sheet")
     option("--figures", metavar="DIR", help="write the README's pictures into this folder instead of a sheet")

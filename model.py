@@ -5,7 +5,7 @@
                  q(z|x)  = q(z_L|x) prod_l q(z_l | z_{l+1..L}, x)            "top-down"
 
     -ELBO = reconstruction  -E log p(x|z_1)
-          + prior matching   KL(q(z_L|.) || N(0, I))
+          + prior matching   KL(q(z_L|.) || p(z_L))      p(z_L) = N(0, I), or a flow from it
           + consistency      sum_{l<L} KL(q(z_l|.) || p(z_l|z_{l+1}))        all in nats per image
 
 In the code a level's index is l - 1: `levels[0]` holds z_1.
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blocks import Block, Layer, Size, build, mirror, pixels, plan, project
+from flow import Flow, Flowed
 from likelihoods import Bernoulli, Gaussian, Logistic
 
 DIGITS = "0123456789"
@@ -103,33 +104,36 @@ class Level(nn.Module):
     d are the inference features (B, c, *size), h the generation features (B, c_h, *size).
     """
 
-    def __init__(self, c: int, c_h: int, c_out: int, c_z: int, size: Size, top: bool, top_down: bool):
+    def __init__(self, c: int, c_h: int, c_out: int, c_z: int, size: Size, top: bool, top_down: bool, couplings: int):
         super().__init__()
         self.shape = (c_z, *size)
         self.top_down = top_down
         self.p = None if top else Head(c_h, c_h, c_z, size, logvar=0.0)
+        self.flow = Flow(c_z, couplings) if couplings else None
         self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0)
         self.from_z = project(c_z, c_out, size)
         if top_down:
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
 
-    def prior(self, h: Tensor) -> Normal:
-        """p(z_l | z_{l+1..L}); p(z_L) = N(0, I)."""
+    def prior(self, h: Tensor) -> Normal | Flowed:
+        """p(z_l | z_{l+1..L}); p(z_L) is N(0, I), or a flow from it, and takes only the number of images from h."""
         if self.p is None:
             zeros = torch.zeros(len(h), *self.shape, device=h.device)
-            return Normal(zeros, zeros)
+            return Normal(zeros, zeros) if self.flow is None else Flowed(Normal(zeros, zeros), self.flow)
         p = self.p(h)
         return Normal(p.mu, 2 * torch.tanh(p.logvar / 2))
 
-    def posterior(self, d: Tensor, h: Tensor, p: Normal) -> Normal:
+    def posterior(self, d: Tensor, h: Tensor, p: Normal | Flowed) -> Normal:
         """q(z_l|.): what d says about z_l, or (top-down) that combined with p, weighted by precision.
 
         The ladder's correction of the prior's mean and variance (Sonderby et al. 2016, eq. 17-18): the posterior is
         the normalised product of p and N(mu, exp(logvar)), as if the features were one noisy observation of z_l. The
-        prior's mean thus has a direct gradient towards the data's, which a shift relative to it would not give.
+        prior's mean thus has a direct gradient towards the data's, which a shift relative to it would not give. Of a
+        flow, N(0, I) takes p's place.
         """
         if not self.top_down:
             return self.q(d)
+        p = p.base if isinstance(p, Flowed) else p
         evidence = self.q(torch.cat([d, h], dim=1))
         trust = torch.sigmoid(p.logvar - evidence.logvar)  # the evidence's share of the precision
         return Normal(p.mu + trust * (evidence.mu - p.mu), evidence.logvar + F.logsigmoid(p.logvar - evidence.logvar))
@@ -180,6 +184,8 @@ class HVAE(nn.Module):
         likelihood: 'gaussian', 'bernoulli' or 'logistic'.
         sigma: of the gaussian, for images in [-1, 1]; None learns it.
         mixtures: components of the logistic.
+        flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector; None is 6 for such a top
+            of a ladder, and otherwise 0, which keeps N(0, I).
         text_length, charset: condition on texts of that length; text_length=None is the unconditional model.
 
     Raises:
@@ -197,6 +203,7 @@ class HVAE(nn.Module):
         likelihood: str = "gaussian",
         sigma: float | None = 0.4,
         mixtures: int = 1,
+        flow: int | None = None,
         text_length: int | None = 4,
         charset: str = DIGITS + UPPERCASE,
     ):
@@ -217,6 +224,7 @@ class HVAE(nn.Module):
         sizes = [block[-1].size_out for block in up]
         c_z = channels_per_level(latent_channels, len(up))
         L = len(up)
+        couplings = check_flow(flow, c_z[-1], sizes[-1], by_default=self.top_down and L > 1)
 
         # inference[0] is the outer block, inference[l] leads from level l to level l+1, and generation[l] back
         self.inference = nn.ModuleList(Block(block) for block in up)
@@ -225,7 +233,8 @@ class HVAE(nn.Module):
         for l in range(L):
             c_h = down[l + 1][-1].c_out if l + 1 < L else widths[l]
             c_out = down[l][0].c_in if down[l] else widths[l]
-            self.levels.append(Level(widths[l], c_h, c_out, c_z[l], sizes[l], l + 1 == L, self.top_down))
+            self.levels.append(Level(widths[l], c_h, c_out, c_z[l], sizes[l], l + 1 == L, self.top_down,
+                                     couplings if l + 1 == L else 0))
         if not self.top_down:  # the Markov chain reads z_l alone
             self.stems = nn.ModuleList(project(c_z[l], widths[l], sizes[l]) for l in range(L - 1))
         else:
@@ -277,9 +286,10 @@ class HVAE(nn.Module):
         """The KL term of levels[l], (B,) nats.
 
         In the bottom-up chain p(z_l|z_{l+1}) depends on z_l itself, because z_{l+1} was drawn from it. The closed form
-        would take the two for independent, so there log p is taken at the z_l drawn: unbiased, if noisier.
+        would take the two for independent, so there log p is taken at the z_l drawn: unbiased, if noisier. A flow has
+        no closed form either.
         """
-        if self.top_down or l + 1 == len(self.levels):
+        if isinstance(p, Normal) and (self.top_down or l + 1 == len(self.levels)):
             return kl_divergence(q, p)
         return -q.entropy() - p.log_prob(z)
 
@@ -299,7 +309,7 @@ class HVAE(nn.Module):
         def draw(l: int, p: Normal, h: Tensor) -> Tensor:
             q = self.levels[l].posterior(d[l], h, p)
             z = q.sample(generator=generator)
-            if closed is not None:
+            if closed is not None and isinstance(p, Normal):
                 shut = (closed > l).view(-1, *[1] * (z.dim() - 1))
                 q = Normal(torch.where(shut, p.mu, q.mu), torch.where(shut, p.logvar, q.logvar))
                 z = torch.where(shut, p.mu, z)
@@ -392,24 +402,33 @@ class HVAE(nn.Module):
         return self.infer(x, y, generator=generator)[0].image
 
     @torch.no_grad()
-    def sample(self, n: int, text: str | Sequence[str] | None = None, temperature: float = 1.0,
+    def sample(self, n: int, text: str | Sequence[str] | None = None, temperature: float | Sequence[float] = 1.0,
                generator: torch.Generator | None = None) -> Tensor:
         """Draws n images (n, C, H, W) in [0, 1] from the prior; each is the mean of p(x|z_1).
 
         Args:
             text: one text for all images or a list of n; None draws one uniformly per image (if conditional).
-            temperature: multiplies every prior's standard deviation; 0 gives the modes.
+            temperature: multiplies every prior's standard deviation, 0 gives the modes; one number each, from z_1 up,
+                treats the levels differently.
             generator: makes the draw repeatable.
 
         Raises:
-            ValueError: n or the temperature is negative, or the text does not fit the model.
+            ValueError: n or a temperature is negative, there is another number of them, or the text does not fit the model.
         """
         y = self.draw_text(n, text, generator)
-        if not math.isfinite(temperature) or temperature < 0:
-            raise ValueError(f"temperature must be a number >= 0, got {temperature}")
+        T = self.temperatures(temperature)
         if n == 0:
             return self.to_image.weight.new_zeros(0, *self.input_shape)
-        return self.generate(n, y, lambda l, p, h: p.sample(temperature, generator)).image
+        return self.generate(n, y, lambda l, p, h: p.sample(T[l], generator)).image
+
+    def temperatures(self, temperature: float | Sequence[float]) -> list[float]:
+        """One temperature for every level, from z_1 up."""
+        L = len(self.levels)
+        T = list(temperature) if isinstance(temperature, (list, tuple)) else [temperature]
+        T = T * L if len(T) == 1 else T
+        if len(T) != L or not all(isinstance(t, (int, float)) and 0 <= t < math.inf for t in T):
+            raise ValueError(f"temperature: expected a number >= 0, or {L} (one per level), got {temperature!r}")
+        return T
 
     def draw_text(self, n: int, text: str | Sequence[str] | None = None,
                   generator: torch.Generator | None = None) -> Tensor | None:
@@ -504,8 +523,10 @@ class HVAE(nn.Module):
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         text = f"texts of {self.text_length} from {len(self.charset)} symbols" if self.text_length else "no text"
         c, h, w = self.input_shape
+        couplings = len(self.levels[-1].flow.couplings) if self.levels[-1].flow else 0
+        prior = f"p(z_{len(self.levels)}) a flow of {couplings} couplings, " if couplings else ""
         head = (f"HVAE, {len(self.levels)} levels, {self.config['inference']}, {self.likelihood}, images {c}x{h}x{w}, "
-                f"{text}, {count(self):,} parameters")
+                f"{text}, {prior}{count(self):,} parameters")
         return "\n".join([head, *lines])
 
 
@@ -552,8 +573,20 @@ def channels_per_level(latent_channels: int | Sequence[int], levels: int) -> lis
     return channels
 
 
+def check_flow(flow: int | None, c_z: int, size: Size, by_default: bool) -> int:
+    """The number of couplings of p(z_L)'s flow."""
+    possible = not size and c_z > 1
+    if flow is None:
+        return 6 if possible and by_default else 0
+    if not isinstance(flow, int) or isinstance(flow, bool) or flow < 0:
+        raise ValueError(f"flow: expected a whole number >= 0 or None, got {flow!r}")
+    if flow and not possible:
+        raise ValueError(f"flow={flow}: needs a z_L that is a vector of two numbers or more; end the last block with 'dense'")
+    return flow
+
+
 def check_arguments(outer_config, inner_config, input_size, input_channels, latent_channels, inference, likelihood,
-                    sigma, mixtures, text_length, charset) -> None:
+                    sigma, mixtures, flow, text_length, charset) -> None:
     """Raises ValueError naming the first argument that cannot be right; the configs are checked by plan()."""
     positive = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
     if not (isinstance(input_size, (tuple, list)) and len(input_size) == 2 and all(map(positive, input_size))):

@@ -56,7 +56,6 @@ class Run:
     model: HVAE
     average: HVAE  # with the moving average of the model's weights
     optimizer: torch.optim.Optimizer
-    mismatch: torch.nn.Module | None = None  # trainer.Mismatch, which has statistics of its own
     clip: Clipper = field(default_factory=Clipper)
     step: int = 0
     seconds: float = 0.0
@@ -100,9 +99,8 @@ def save_state(path: Path, run: Run) -> None:
     buffer = io.BytesIO()
     torch.save({"config": run.model.config, "model": run.model.state_dict(), "average": run.average.state_dict(),
                 "provenance": run.average.provenance, "optimizer": run.optimizer.state_dict(),
-                "mismatch": run.mismatch.state_dict() if run.mismatch else {}, "clip": dict(run.clip.__dict__),
-                "step": run.step, "seconds": run.seconds, "history": run.history, "terms": run.terms,
-                "rng": torch.get_rng_state(), "rng_cuda": cuda}, buffer)
+                "clip": dict(run.clip.__dict__), "step": run.step, "seconds": run.seconds, "history": run.history,
+                "terms": run.terms, "rng": torch.get_rng_state(), "rng_cuda": cuda}, buffer)
     content = buffer.getbuffer()
     checksum = hashlib.sha256(content).hexdigest().encode()
 
@@ -139,9 +137,8 @@ def load_state(path: Path, run: Run) -> None:
     run.model.load_state_dict(state["model"])
     run.average.load_state_dict(state["average"])
     run.average.provenance = state["provenance"]
+    run.model.provenance = state["provenance"].get("began_with", {})
     run.optimizer.load_state_dict(state["optimizer"])
-    if run.mismatch and state["mismatch"]:
-        run.mismatch.load_state_dict(state["mismatch"])
     run.clip.__dict__.update(state["clip"])
     run.step, run.seconds, run.history, run.terms = (state[key] for key in ("step", "seconds", "history", "terms"))
     torch.set_rng_state(state["rng"])

@@ -2,7 +2,7 @@
 
 The loss of a batch, in nats per image (see `loss_terms`):
 
-    reconstruction + beta * sum_l max(KL_l, free_nats_l) + mismatch
+    reconstruction + beta * sum_l max(KL_l, free_nats_l)  [ - log p(z_L) of the z_L drawn, for a flow ]
 
 Four things make samples follow their text and look like the data; each was needed in our experiments:
 
@@ -11,7 +11,7 @@ Four things make samples follow their text and look like the data; each was need
     closed levels: for half of every batch the lowest levels take their prior's mean instead of seeing x. What is
         left to draw the glyphs from is the top latents and the text.
     free_nats: what a level may say for nothing, so that the upper ones are not abandoned.
-    mismatch: once beta is 1, what is free must still look like N(0, I) over all images, whence samples are drawn.
+    a flow as p(z_L): nats that are free do not draw q(z_L) to its prior, so the prior is drawn to it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
-from generate import save_figures, test_images
+from generate import save_figures, test_images, usual_temperature
 from model import CONFIGS, HVAE, pick_device
 from runs import Interruption, Run, has_state, load_state, read_csv, replace, save_state, shield_worker, write_csv
 
@@ -86,7 +86,7 @@ def train(
         beta_start, beta_steps: beta goes exponentially from beta_start to 1 over this many steps. A run that is over
             before draws legible letters sooner: the fewer images, the less a latent should be allowed to hold.
         free_nats: per image, averaged over the batch; one number for every level, or one each from z_1 up. None is 40,
-            and 80 for the top level, where colour and layout belong.
+            and 80 for the top level: more than its KL at the start, so that nothing keeps z_L from finding its use.
         closed_levels, closed_share: how many of the lowest levels are closed, and for which share of each batch; None
             closes the lower half of a top-down model, rounded up. Bottom-up models have no closed levels.
         ema: decay of the weights' moving average.
@@ -122,8 +122,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-    mismatch = Mismatch(model.levels[-1].shape[0]).to(device) if free_nats[-1] > 0 else None
-    run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer, mismatch)
+    run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
     if has_state(out / "state.pt"):
         load_state(out / "state.pt", run)
     else:
@@ -148,8 +147,7 @@ def train(
             closed[: int(closed_share * batch_size)] = closed_levels
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                # before beta is 1, the mismatch would empty z_L: what it holds then is worth less than its mismatch
-                loss, terms = loss_terms(model, x, y, beta, free_nats, closed, run.mismatch if beta == 1 else None)
+                loss, terms = loss_terms(model, x, y, beta, free_nats, closed)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             run.step += 1
@@ -178,64 +176,27 @@ def train(
     return run.average.to(memory_format=torch.contiguous_format), run.history
 
 
-def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float | Tensor, closed: Tensor,
-               mismatch: "Mismatch | None" = None):
+def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float | Tensor, closed: Tensor):
     """The loss of a batch and, for the record, its terms as numbers.
 
     `free_nats` is one number or (L,). `closed` (B,) is the number of lowest levels that take their prior's mean, per
     image; those have no KL. Free bits (Kingma et al. 2016, eq. 15) hold for a level's mean over the images in which it
-    is open. `mismatch` is for runs whose top level has free nats.
+    is open.
     """
     elbo = model(x, y, closed)
     is_open = closed[:, None] <= torch.arange(len(model.levels), device=x.device)  # (B, L)
     kl = (elbo.kl * is_open).sum(0) / is_open.sum(0)
     weight = beta * is_open.float().mean(0)
     loss = elbo.reconstruction.mean() + (weight * torch.maximum(kl, torch.as_tensor(free_nats).to(kl))).sum()
-    if mismatch is not None:
-        loss = loss + mismatch(elbo.z_top)
+    if model.levels[-1].flow is not None:  # fitted to every draw, though the KL that it is part of may be free
+        z = elbo.z_top.detach()
+        loss = loss - model.levels[-1].prior(z).log_prob(z).mean()
     whole = closed == 0
     reconstruction = elbo.reconstruction[whole].mean()
     terms = {"neg_elbo": (reconstruction + kl.sum()).item(), "reconstruction": reconstruction.item()}
     if not whole.all():
         terms["reconstruction_closed"] = elbo.reconstruction[~whole].mean().item()
     return loss, {**terms, **{f"kl_{l + 1}": value for l, value in enumerate(kl.tolist())}}
-
-
-class Mismatch(torch.nn.Module):
-    """How far z_L, over all images, is from its prior: the gradient of KL(N(mean, cov) || N(0, I)), in nats per image.
-
-    The KL of z_L is the information that it holds on x plus this mismatch (Hoffman & Johnson 2016). Where nats are free
-    neither has a gradient, and samples are then drawn from where no image is encoded to. The Gaussian is fitted by
-    moving averages; of a feature map, every position counts as a draw.
-    """
-
-    def __init__(self, channels: int, decay: float = 0.98, ridge: float = 0.05, wait: int = 60):
-        super().__init__()
-        self.decay, self.ridge, self.wait = decay, ridge, wait
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("cov", torch.eye(channels))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z_L (B, c) or (B, c, H, W) -> log N(z; mean, cov) - log N(z; 0, I), the mean over images; 0 at first."""
-        with torch.autocast(z.device.type, enabled=False):
-            positions = z[0, 0].numel()
-            z = z.float().transpose(0, 1).flatten(1).T  # (B * positions, c)
-            self.update(z.detach())
-            cov = self.cov + self.ridge * torch.eye(len(self.mean), device=z.device)
-            centred = z - self.mean
-            fitted = (centred @ torch.linalg.inv(cov) * centred).sum(1) + torch.logdet(cov)
-            gain = 0.5 * (z.square().sum(1) - fitted).mean() * positions
-            return gain * (self.seen > self.wait)
-
-    def update(self, z: Tensor) -> None:
-        if not z.isfinite().all():  # the step is skipped, and must leave no trace here
-            return
-        share = max(1 / (self.seen.item() + 1), 1 - self.decay)
-        self.mean += share * (z.mean(0) - self.mean)
-        centred = z - self.mean
-        self.cov += share * (centred.T @ centred / len(z) - self.cov)
-        self.seen += 1
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -313,9 +274,10 @@ def importance_bounds(log_weights: Tensor) -> dict[int, Tensor]:
 
 
 def save_samples(model: HVAE, path: Path, seed: int) -> None:
-    """A sheet: the same 8 texts at temperatures 0.3, 0.5 and 0.8."""
+    """A sheet: the same 8 texts at the usual temperature, at 0.5 and at 0.8."""
     device = model.to_image.weight.device
-    rows = [model.sample(8, temperature=t, generator=torch.Generator().manual_seed(seed)) for t in (0.3, 0.5, 0.8)]
+    rows = [model.sample(8, temperature=T, generator=torch.Generator().manual_seed(seed))
+            for T in (usual_temperature(model), 0.5, 0.8)]
     save_image(torch.cat(rows).to(device), path, nrow=8, pad_value=1)
 
 
@@ -454,11 +416,15 @@ def held_out_columns(metrics: dict) -> dict:
 
 
 def provenance(dataset: Dataset, run: Run, batch_size: int, binarise: bool, metrics: dict, device: torch.device) -> dict:
-    """What a checkpoint says of its origin, and of the origin of the weights that training began with; plain values."""
+    """What a checkpoint says of its origin, in plain values; steps, images and seconds include those of the checkpoint
+    that training began with."""
+    began = run.model.provenance
+    before = {name: began.get(name, 0) for name in ("steps", "images_seen", "seconds")}
     return {"version": VERSION, "torch": str(torch.__version__),
-            "data": getattr(dataset, "description", type(dataset).__name__), "binarised": binarise, "steps": run.step,
-            "images_seen": run.step * batch_size, "seconds": round(run.seconds), "device": str(device),
-            "cpus": os.cpu_count(), "held_out": metrics, "began_with": run.model.provenance}
+            "data": getattr(dataset, "description", type(dataset).__name__), "binarised": binarise,
+            "steps": before["steps"] + run.step, "images_seen": before["images_seen"] + run.step * batch_size,
+            "seconds": before["seconds"] + round(run.seconds), "device": str(device), "cpus": os.cpu_count(),
+            "held_out": metrics, "began_with": began}
 
 
 def describe(row: dict, levels: int) -> str:
@@ -496,6 +462,7 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     made("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z_1); default: as in the config")
     made("--sigma", type=float, help="of the gaussian, for images in [-1, 1]; default: as in the config")
     made("--mixtures", type=int, help="components of the logistic; default: as in the config")
+    made("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I); default: 6 for a ladder with a vector on top")
     made("--unconditional", action="store_true", help="leave the texts unused")
     option = parser.add_argument_group("training").add_argument
     option("--steps", type=int, default=11_000, help="training steps in all")
@@ -575,7 +542,7 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
 
 def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """The checkpoint to begin with, or the config that the command line names, with its changes, fitted to the data."""
-    changes = {name: getattr(args, name) for name in ("inference", "likelihood", "sigma", "mixtures")}
+    changes = {name: getattr(args, name) for name in ("inference", "likelihood", "sigma", "mixtures", "flow")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.unconditional:
         changes["text_length"] = None

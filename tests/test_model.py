@@ -411,7 +411,7 @@ def test_sample_refuses_a_wrong_n(n):
         tiny().sample(n)
 
 
-@pytest.mark.parametrize("temperature", [-0.1, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [-0.1, math.nan, math.inf, -math.inf, "1", None, [], [1, 1, 1], [1, -1], [1, None]])
 def test_sample_refuses_a_wrong_temperature(temperature):
     with pytest.raises(ValueError, match="temperature"):
         tiny().sample(1, temperature=temperature)
@@ -462,6 +462,20 @@ def test_temperature_0_is_deterministic_given_the_text(inference):
     draw = lambda t: model.sample(200, "AB", temperature=t, generator=torch.Generator().manual_seed(0))
     spread = [draw(t).std(0).mean() for t in (0.3, 1)]
     assert 0 < spread[0] < spread[1]
+
+
+@pytest.mark.parametrize("inference", MODES)
+def test_temperature_per_level(inference):
+    """The second number is z_2's: with 0 for either level the spread is that of the other."""
+    model = tiny(inference).eval()
+    draw = lambda T: model.sample(6, temperature=T, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw([0.5, 0.5]), draw(0.5)) and torch.equal(draw((0.5,)), draw(0.5))
+    torch.manual_seed(0)
+    p_2 = model.levels[1].prior(torch.zeros(6, 1, 1, 1))
+    z_2 = p_2.sample(1.0, torch.Generator().manual_seed(0))
+    by_hand = model.generate(6, None, lambda l, p, h: z_2 if l == 1 else p.mu).image
+    torch.testing.assert_close(draw([0, 1]), by_hand)
+    assert not torch.allclose(draw([0, 1]), draw([1, 0]), atol=1e-3)
 
 
 def test_draw_text():

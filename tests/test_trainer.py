@@ -18,7 +18,7 @@ import trainer
 from dataset import CaptchaDataset, CaptchaFolder
 from model import HVAE
 from runs import Clipper, read_state
-from trainer import Mismatch, batches, evaluate, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
+from trainer import batches, evaluate, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
 
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
 FIGURES = ["interpolation.png", "levels.png", "originals.png", "prior_vs_aggregate.png", "reconstructions.png",
@@ -269,7 +269,6 @@ def assert_same_run(one, two):
     ("save_state", 2),  # the model, too
 ])
 def test_resume_is_bitwise(name, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "Mismatch", functools.partial(Mismatch, wait=1))
     fit(tmp_path / "whole")
     interrupted_and_resumed(tmp_path / "cut", monkeypatch, name, call)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -449,76 +448,6 @@ def test_free_nats_have_no_gradient():
     for free_nats, unchanged in [(2 * max(kl), [True, True]), (0.0, [False, False])]:
         one, ten = posterior_gradients(1.0, free_nats)[0], posterior_gradients(10.0, free_nats)[0]
         assert [torch.equal(a, b) for a, b in zip(one, ten)] == unchanged
-
-
-# ------------------------------------------------------------------------------------------------ mismatch
-
-
-def fitted(draw, channels, batches=300):
-    """A Mismatch that has seen batches of draw(), and what it then says of more of them, on average."""
-    torch.manual_seed(0)
-    mismatch = Mismatch(channels)
-    for _ in range(batches):
-        mismatch(draw())
-    return mismatch, sum(mismatch(draw()).item() for _ in range(50)) / 50
-
-
-def test_mismatch_is_the_kl_to_the_prior():
-    mean, std = torch.tensor([1.0, 0.0, -0.5]), torch.tensor([1.0, 2.0, 0.5])
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), torch.distributions.Normal(0, 1))
-    _, value = fitted(lambda: mean + std * torch.randn(64, 3), 3)
-    assert value == pytest.approx(expected.sum().item(), rel=0.15)
-    _, none = fitted(lambda: torch.randn(64, 3), 3)
-    assert abs(none) < 0.05
-
-
-def test_mismatch_sees_correlation_and_counts_the_places_of_a_map():
-    mix = torch.tensor([[1.0, 0.0], [0.9, math.sqrt(1 - 0.81)]])  # unit variances, correlation 0.9
-    _, value = fitted(lambda: torch.randn(64, 2) @ mix.T, 2)
-    assert value == pytest.approx(-0.5 * math.log(1 - 0.81), rel=0.2)
-    _, of_map = fitted(lambda: (torch.randn(64, 3, 5, 2) @ mix.T).permute(0, 3, 1, 2), 2)
-    assert of_map == pytest.approx(15 * -0.5 * math.log(1 - 0.81), rel=0.2)
-
-
-def test_mismatch_is_silent_at_first():
-    mismatch = Mismatch(3, wait=4)
-    values = [mismatch(5 + torch.randn(16, 3)).item() for _ in range(6)]
-    assert values[:4] == [0, 0, 0, 0] and min(values[4:]) > 1
-
-
-def test_mismatch_moves_draws_to_the_prior():
-    """Minimised over the place and the width of the draws it ends at N(0, I)."""
-    torch.manual_seed(0)
-    mean, log_std = torch.full((2,), 2.0, requires_grad=True), torch.tensor([1.0, -1.0], requires_grad=True)
-    mismatch, optimizer = Mismatch(2), torch.optim.Adam([mean, log_std], 0.02)
-    for _ in range(800):
-        loss = mismatch(mean + log_std.exp() * torch.randn(64, 2))
-        optimizer.zero_grad()
-        if loss.requires_grad:
-            loss.backward()
-            optimizer.step()
-    torch.testing.assert_close(mean.detach(), torch.zeros(2), atol=0.15, rtol=0)
-    torch.testing.assert_close(log_std.detach(), torch.zeros(2), atol=0.15, rtol=0)
-
-
-def test_mismatch_forgets_what_is_not_finite():
-    mismatch, z = Mismatch(2, wait=0), torch.randn(16, 2)
-    mismatch(z)
-    before = copy.deepcopy(mismatch.state_dict())
-    assert not mismatch(torch.full((16, 2), math.nan)).isfinite()
-    assert all(torch.equal(mismatch.state_dict()[key], value) for key, value in before.items())
-
-
-def test_mismatch_is_part_of_the_loss():
-    model, x = tiny().eval(), bar_batch()
-    closed, mismatch = torch.zeros(8, dtype=torch.long), Mismatch(model.levels[-1].shape[0], wait=0)
-    mismatch.mean += 1
-    loss = []
-    for module in (None, mismatch):
-        torch.manual_seed(1)
-        loss.append(loss_terms(model, x, None, 3.0, 0.0, closed, copy.deepcopy(module))[0].item())
-    torch.manual_seed(1)
-    assert loss[1] - loss[0] == pytest.approx(mismatch(model(x).z_top).item(), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ closed levels
@@ -851,7 +780,7 @@ def test_csv_is_a_plain_table(tmp_path):
 # ------------------------------------------------------------------------------------------------ command line
 
 OPTIONS = """--data --folder --root --config --init --binarise --keep --size --length --charset --fonts --images --cache
-    --workers --inference --likelihood --sigma --mixtures --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats --closed-levels
+    --workers --inference --likelihood --sigma --mixtures --flow --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats --closed-levels
     --closed-share --ema --eval-every --device --seed --out --resume --evaluate --importance-samples""".split()
 
 
@@ -935,7 +864,7 @@ def test_command_line_begins_with_a_checkpoint(small, tmp_path, capsys):
     trainer.main(small + ["--lr", "1e-12"] + init)
     trained = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert trained.config == model.config
-    assert trained.provenance["steps"] == 2 and trained.provenance["began_with"] == {"steps": 7}
+    assert trained.provenance["steps"] == 9 and trained.provenance["began_with"] == {"steps": 7}
     for name, weight in model.named_parameters():
         torch.testing.assert_close(trained.get_parameter(name), weight, atol=1e-6, rtol=1e-5)
     with pytest.raises(SystemExit):  # the data have no texts
@@ -956,7 +885,7 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
     (["--steps", "0"], "steps"), (["--steps", "many"], "--steps"), (["--batch-size", "100"], "batch_size=100"),
     (["--lr", "-1"], "lr"), (["--closed-levels", "9"], "closed_levels"), (["--inference", "sideways"], "--inference"),
     (["--inference", "bottom-up", "--closed-levels", "1"], "closed_levels"), (["--sigma", "-1"], "sigma"),
-    (["--mixtures", "0"], "mixtures"), (["--length", "3"], "3 symbols"), (["--size", "0", "5"], "image_size"),
+    (["--mixtures", "0"], "mixtures"), (["--flow", "2"], "flow"), (["--length", "3"], "3 symbols"), (["--size", "0", "5"], "image_size"),
     (["--charset", ""], "charset"), (["--workers", "-1"], "num_workers"), (["--eval-every", "0"], "eval_every"),
     (["--folder", "no/such/folder"], "no/such/folder"), (["--device", "toaster"], "toaster"), (["--wings"], "--wings"),
     (["--folder", "", "--images", "0"], "images"), (["--folder", "", "--length", "0"], "length"),

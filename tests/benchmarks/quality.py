@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dataset import encode_text, random_stream, render  # noqa: E402
-from generate import CHECKPOINTS, TEMPERATURE, test_images  # noqa: E402
+from generate import CHECKPOINTS, test_images, usual_temperature  # noqa: E402
 from model import HVAE, pick_device  # noqa: E402
 from reader import Reader, load_reader  # noqa: E402
 from trainer import evaluate  # noqa: E402
@@ -46,7 +46,7 @@ def renders(split: str) -> Draw:
     return draw
 
 
-def samples(model: HVAE, temperature: float, seed: int = 0) -> Draw:
+def samples(model: HVAE, temperature: Sequence[float], seed: int = 0) -> Draw:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(texts: Sequence[str]) -> Tensor:
@@ -117,7 +117,8 @@ def plot_curve(images_seen: Sequence[int], table: Sequence[dict], real: dict, pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", default=[str(CHECKPOINTS["captcha"])])
-    parser.add_argument("--temperature", type=float, nargs="+", default=[TEMPERATURE])
+    parser.add_argument("--temperature", type=float, nargs="+", action="append", metavar="T",
+                        help="one number, or one each from z_1 up; default: as in generate.py; may be given several times")
     parser.add_argument("--n", type=int, default=2000, help="images of each source")
     parser.add_argument("--reader", default="checkpoints/run/reader.pt", help="where the reader is, or is written to")
     parser.add_argument("--minutes", type=float, default=5.0, help="for training the reader, if it is not there")
@@ -134,8 +135,8 @@ def main() -> None:
     for path in args.checkpoints:
         model = HVAE.load(path, device)
         seen.append(model.provenance.get("images_seen", 0))
-        for temperature in args.temperature:
-            name = f"{Path(path).stem}, T = {temperature:g}"
+        for temperature in args.temperature or [usual_temperature(model)]:
+            name = f"{Path(path).stem}, T = {' '.join(map(str, temperature))}"
             columns[name] = measure(samples(model, temperature), reader, texts, reference, charset, device)
     for name, figures in columns.items():
         print(f"\n{name}")
