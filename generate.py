@@ -186,9 +186,10 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 @torch.no_grad()
 def plot_prior_vs_aggregate(model: HVAE, dataset: Dataset, n: int = 6, temperature: Temperature = None, seed: int = 0,
                             path: str | Path | None = None) -> Figure:
-    """Samples with z_L from the prior N(0, I) above samples with z_L from the aggregated posterior, same texts.
+    """Samples with z_L from its prior above samples with z_L from a Gaussian fitted to the aggregated posterior.
 
-    If the rows look different, the prior covers regions that no image is encoded to.
+    The texts are the same. With N(0, I) as the prior, rows that look different show that it covers regions that no image
+    is encoded to; a flow knows more than the fitted Gaussian.
     """
     aggregate = fit_aggregate(model, dataset, seed=seed)
     T = model.temperatures(usual_temperature(model) if temperature is None else temperature)

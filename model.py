@@ -13,6 +13,7 @@ In the code a level's index is l - 1: `levels[0]` holds z_1.
 
 import hashlib
 import math
+import numbers
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -426,7 +427,7 @@ class HVAE(nn.Module):
         L = len(self.levels)
         T = list(temperature) if isinstance(temperature, (list, tuple)) else [temperature]
         T = T * L if len(T) == 1 else T
-        if len(T) != L or not all(isinstance(t, (int, float)) and 0 <= t < math.inf for t in T):
+        if len(T) != L or not all(isinstance(t, numbers.Real) and 0 <= t < math.inf for t in T):
             raise ValueError(f"temperature: expected a number >= 0, or {L} (one per level), got {temperature!r}")
         return T
 
@@ -502,7 +503,7 @@ class HVAE(nn.Module):
         if damaged:
             raise ValueError(f"{path}: damaged, its checksum is wrong")
         try:
-            model = cls(**content["config"])
+            model = cls(**{"flow": 0, **content["config"]})  # files from before there were flows say nothing of them
             model.load_state_dict(content["weights"])
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())

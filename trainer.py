@@ -386,6 +386,10 @@ def check_fit(model: HVAE, dataset: Dataset, batch_size: int) -> None:
         raise ValueError(f"the data's images are {tuple(image.shape)}, the model's {model.input_shape}")
     if model.text_length is not None and len(label) != model.text_length:
         raise ValueError(f"the data's texts have {len(label)} symbols, the model's {model.text_length}")
+    source = dataset.dataset if isinstance(dataset, Subset) else dataset
+    charset = getattr(source, "charset", model.charset)
+    if model.text_length is not None and charset != model.charset:
+        raise ValueError(f"the data's texts are indices into the charset {charset!r}, the model's into {model.charset!r}")
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -457,7 +461,8 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     data("--workers", type=int, default=1, help="processes that load or render")
     made = parser.add_argument_group("model").add_argument
     made("--config", choices=tuple(CONFIGS), default=config, help="architecture, and defaults of what follows")
-    made("--init", metavar="FILE", help="begin with the architecture and the weights of this checkpoint instead")
+    made("--init", metavar="FILE", help="begin with the architecture and the weights of this checkpoint; "
+         "of --config only the defaults of the training then count")
     made("--inference", choices=("top-down", "bottom-up"), help="the form of q(z|x); default: as in the config")
     made("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z_1); default: as in the config")
     made("--sigma", type=float, help="of the gaussian, for images in [-1, 1]; default: as in the config")

@@ -164,6 +164,13 @@ def test_flow_learns_while_the_nats_are_free():
         torch.testing.assert_close(2 * free, paid, atol=1e-5, rtol=1e-3)
 
 
+def test_files_from_before_there_were_flows(tmp_path):
+    model = tiny(flow=0).eval()
+    del model.config["flow"]
+    model.save(tmp_path / "model.pt")
+    assert torch.equal(HVAE.load(tmp_path / "model.pt").sample(2, temperature=0), model.sample(2, temperature=0))
+
+
 def test_flow_is_saved(tmp_path):
     model = tiny().eval()
     model.save(tmp_path / "model.pt")

@@ -221,6 +221,14 @@ def test_data_that_do_not_fit_the_model(model, data, message, tmp_path):
         fit(tmp_path, tiny(**model), data)
 
 
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, range(12))])
+def test_charset_of_the_data_is_not_the_models(wrap, tmp_path):
+    """The same indices would mean other symbols, and nothing else would tell."""
+    model = tiny(input_size=(16, 32), input_channels=3, text_length=2, charset="BA")
+    with pytest.raises(ValueError, match="charset 'AB'.*'BA'"):
+        fit(tmp_path, model, wrap(captchas()), val_dataset=captchas(4, "val"))
+
+
 def test_text_symbols_that_do_not_fit_the_model(tmp_path):
     with pytest.raises(ValueError, match="charset"):
         fit(tmp_path, tiny(text_length=1, charset="AB"))
