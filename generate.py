@@ -19,7 +19,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text
-from model import HVAE, Normal, pick_device
+from model import HVAE, Normal, per_level, pick_device
 
 CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
                "mnist": Path(__file__).resolve().parent / "checkpoints" / "mnist.pt"}
@@ -38,16 +38,21 @@ def usual_temperature(model: HVAE) -> list[float]:
 
 
 @torch.no_grad()
+def temperatures(model: HVAE, temperature: Temperature) -> list[float]:
+    """One for every level, from z_1 up."""
+    return per_level("temperature", usual_temperature(model) if temperature is None else temperature, len(model.levels))
+
+
 def sample_batches(model: HVAE, n: int, text: str | None = None, temperature: Temperature = None,
                    seed: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
     """Yields (images (<= 64, C, H, W) in [0, 1], their texts) until n are drawn; '' is the text of no text."""
     generator = torch.Generator().manual_seed(seed)
-    temperature = usual_temperature(model) if temperature is None else temperature
+    T = temperatures(model, temperature)
     for first in range(0, n, BATCH):
         count = min(BATCH, n - first)
         y = model.draw_text(count, text, generator)
         texts = [""] * count if y is None else [decode_text(row, model.charset) for row in y]
-        yield model.sample(count, None if y is None else texts, temperature, generator).cpu(), texts
+        yield model.sample(count, None if y is None else texts, T, generator).cpu(), texts
 
 
 def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature: Temperature = None, seed: int = 0,
@@ -79,7 +84,7 @@ def save_individual(model: HVAE, folder: str | Path, n: int, text: str | None = 
         raise ValueError(f"n must be at least 1, got {n}")
     if model.text_length is not None and set(UNSAFE) & set(model.charset):
         raise ValueError("the charset has symbols that a file's name cannot hold")
-    model.temperatures(usual_temperature(model) if temperature is None else temperature)  # refused before a folder is made
+    temperatures(model, temperature)  # refused before a folder is made
     model.draw_text(1, text, torch.Generator())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +197,7 @@ def plot_prior_vs_aggregate(model: HVAE, dataset: Dataset, n: int = 6, temperatu
     is encoded to; a flow knows more than the fitted Gaussian.
     """
     aggregate = fit_aggregate(model, dataset, seed=seed)
-    T = model.temperatures(usual_temperature(model) if temperature is None else temperature)
+    T = temperatures(model, temperature)
     top = len(model.levels) - 1
     y = model.draw_text(n, None, torch.Generator().manual_seed(seed))
     texts = () if y is None else [decode_text(row, model.charset) for row in y]

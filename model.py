@@ -13,7 +13,7 @@ In the code a level's index is l - 1: `levels[0]` holds z_1.
 
 import hashlib
 import math
-import numbers
+from numbers import Real
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -283,7 +283,7 @@ class HVAE(nn.Module):
             log_weight = log_p_x + sum(p.log_prob(z) - q.log_prob(z) for q, p, z in draws)
         return ELBO(-log_p_x, kl, log_p_x - kl.sum(1), log_weight, draws[-1][2])
 
-    def kl(self, l: int, q: Normal, p: Normal, z: Tensor) -> Tensor:
+    def kl(self, l: int, q: Normal, p: Normal | Flowed, z: Tensor) -> Tensor:
         """The KL term of levels[l], (B,) nats.
 
         In the bottom-up chain p(z_l|z_{l+1}) depends on z_l itself, because z_{l+1} was drawn from it. The closed form
@@ -307,7 +307,7 @@ class HVAE(nn.Module):
         for block in self.inference:
             d.append(block(d[-1] if d else x))
 
-        def draw(l: int, p: Normal, h: Tensor) -> Tensor:
+        def draw(l: int, p: Normal | Flowed, h: Tensor) -> Tensor:
             q = self.levels[l].posterior(d[l], h, p)
             z = q.sample(generator=generator)
             if closed is not None and isinstance(p, Normal):
@@ -417,19 +417,10 @@ class HVAE(nn.Module):
             ValueError: n or a temperature is negative, there is another number of them, or the text does not fit the model.
         """
         y = self.draw_text(n, text, generator)
-        T = self.temperatures(temperature)
+        T = per_level("temperature", temperature, len(self.levels))
         if n == 0:
             return self.to_image.weight.new_zeros(0, *self.input_shape)
         return self.generate(n, y, lambda l, p, h: p.sample(T[l], generator)).image
-
-    def temperatures(self, temperature: float | Sequence[float]) -> list[float]:
-        """One temperature for every level, from z_1 up."""
-        L = len(self.levels)
-        T = list(temperature) if isinstance(temperature, (list, tuple)) else [temperature]
-        T = T * L if len(T) == 1 else T
-        if len(T) != L or not all(isinstance(t, numbers.Real) and 0 <= t < math.inf for t in T):
-            raise ValueError(f"temperature: expected a number >= 0, or {L} (one per level), got {temperature!r}")
-        return T
 
     def draw_text(self, n: int, text: str | Sequence[str] | None = None,
                   generator: torch.Generator | None = None) -> Tensor | None:
@@ -572,6 +563,15 @@ def channels_per_level(latent_channels: int | Sequence[int], levels: int) -> lis
     if len(channels) != levels or not all(isinstance(c, int) and not isinstance(c, bool) and c > 0 for c in channels):
         raise ValueError(f"latent_channels: expected a positive number, or {levels} (one per level), got {latent_channels!r}")
     return channels
+
+
+def per_level(name: str, value: float | Sequence[float], levels: int) -> list[float]:
+    """A number >= 0 for every level, from z_1 up, of one for all or of one each."""
+    each = list(value) if isinstance(value, (list, tuple)) else [value]
+    each = each * levels if len(each) == 1 else each
+    if len(each) != levels or not all(isinstance(n, Real) and 0 <= n < math.inf for n in each):
+        raise ValueError(f"{name}: expected a number >= 0, or {levels} (one per level), got {value!r}")
+    return [float(n) for n in each]
 
 
 def check_flow(flow: int | None, c_z: int, size: Size, by_default: bool) -> int:

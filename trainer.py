@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
 from generate import save_figures, test_images, usual_temperature
-from model import CONFIGS, HVAE, pick_device
+from model import CONFIGS, HVAE, per_level, pick_device
 from runs import Interruption, Run, has_state, load_state, read_csv, replace, save_state, shield_worker, write_csv
 
 VERSION = "1.0"  # of this code, written into every checkpoint
@@ -356,13 +356,7 @@ def check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, e
 def check_free(model: HVAE, free_nats: float | Sequence[float] | None) -> list[float]:
     """The free nats of every level, z_1 first; by default 40, and 80 for the top."""
     levels = len(model.levels)
-    if free_nats is None:
-        return [40.0] * (levels - 1) + [80.0]
-    free = list(free_nats) if isinstance(free_nats, (list, tuple)) else [free_nats]
-    free = free * levels if len(free) == 1 else free
-    if len(free) != levels or not all(0 <= nats < math.inf for nats in free):
-        raise ValueError(f"free_nats: expected a number >= 0, or {levels} (one per level), got {free_nats!r}")
-    return [float(nats) for nats in free]
+    return per_level("free_nats", [40.0] * (levels - 1) + [80.0] if free_nats is None else free_nats, levels)
 
 
 def check_closed(model: HVAE, closed_levels: int | None) -> int:
