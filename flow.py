@@ -4,10 +4,12 @@ Whatever shape the encoded images take together, samples can then be drawn from 
 flow, Dinh et al. 2017; as the prior of a VAE, Chen et al. 2017, section 3.2).
 """
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import trange
 
 
 class Coupling(nn.Module):
@@ -71,10 +73,30 @@ class Flowed(NamedTuple):
     flow: Flow
 
     def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        return self.flow.inverse(self.base.sample(temperature, generator))
+        u = self.base.sample(temperature, generator)
+        with torch.autocast(u.device.type, enabled=False):
+            return self.flow.inverse(u)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """(B,) nats."""
         with torch.autocast(z.device.type, enabled=False):
             u, log_det = self.flow(z.float())
             return self.base.log_prob(u) + log_det
+
+
+def fit(p: Flowed, draw: Callable[[int], Tensor], steps: int, batch_size: int, lr: float) -> None:
+    """Fits p to draw(n) -> z (n, c) by maximum likelihood; its flow ends with averaged weights."""
+    flow = p.flow
+    optimizer = torch.optim.AdamW(flow.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    average = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    for _ in (bar := trange(steps, desc="p(z_L)", unit="step", dynamic_ncols=True, mininterval=1)):
+        loss = -p.log_prob(draw(batch_size)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(flow)
+        bar.set_postfix_str(f"-log p(z_L) {loss.item():.2f} nats")
+    flow.load_state_dict(average.module.state_dict())

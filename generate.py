@@ -25,7 +25,7 @@ CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hva
                "mnist": Path(__file__).resolve().parent / "checkpoints" / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
 Temperature = float | Sequence[float] | None  # for every level, or one each from z_1 up; None is `usual_temperature`
-TEXTURE, GLYPHS, TOP = 0.8, 0.3, 0.9  # usual temperatures of the lower levels, the middle ones and z_L
+TEXTURE, GLYPHS, TOP = 0.9, 0.3, 0.8  # usual temperatures of the lower half of the levels, the middle ones and z_L
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -34,7 +34,8 @@ TEXTURE, GLYPHS, TOP = 0.8, 0.3, 0.9  # usual temperatures of the lower levels, 
 def usual_temperature(model: HVAE) -> list[float]:
     """Cold in the middle for clear glyphs, warm below for texture and above for variety."""
     below = len(model.levels) - 1
-    return [TEXTURE] * (below // 2) + [GLYPHS] * (below - below // 2) + [TOP]
+    texture = min((below + 2) // 2, below)  # the levels that training closes
+    return [TEXTURE] * texture + [GLYPHS] * (below - texture) + [TOP]
 
 
 @torch.no_grad()

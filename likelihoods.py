@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SLOPE = 4.0  # PixelCNN++ has 1; between two colours of a captcha, one channel can change by much more than another
+
 
 class Bernoulli:
     """Independent Bernoulli pixels, the classic VAE (Kingma & Welling 2014, appendix C.1). For grey images."""
@@ -52,8 +54,8 @@ class Logistic:
     """A mixture of K discretised logistics on 8-bit values (Salimans et al. 2017, PixelCNN++, section 2.1-2.2).
 
     A true probability: it sums to one over the 256^(C H W) images. Channel c's mean moves linearly with the values
-    of the channels before it (R -> G -> B). Per mixture component the map holds one weight, C means, C log scales
-    and C (C - 1) / 2 coefficients.
+    of the channels before it (R -> G -> B), by up to SLOPE times theirs. Per mixture component the map holds one
+    weight, C means, C log scales and C (C - 1) / 2 coefficients.
     """
 
     def __init__(self, parameters: Tensor, c: int, mixtures: int):
@@ -63,7 +65,7 @@ class Logistic:
         self.log_pi = params[:, :, 0].log_softmax(1)  # (B, K, H, W)
         self.mean, log_scale, coeff = params[:, :, 1:].split([c, c, c * (c - 1) // 2], dim=2)  # (B, K, ., H, W)
         self.log_scale = log_scale.clamp(-7, 7)
-        self.coeff = coeff.tanh()
+        self.coeff = SLOPE * (coeff / SLOPE).tanh()
 
     @staticmethod
     def channels(c: int, mixtures: int) -> int:

@@ -37,6 +37,10 @@ LATENT_CHANNELS = (4, 4, 4, 8, 64)
 BINARY_DIGITS = dict(input_size=(28, 28), input_channels=1, likelihood="bernoulli", text_length=None)
 CONFIGS = {
     "captcha": {},
+    # for bits/dim: a true probability of 8-bit images, most of it in the 15x40 map that tells where edges are
+    "captcha-logistic": dict(outer_config=[("conv", 48, 2), ("conv", 64, 2), ("res", 64)],
+                             inner_config=[[("conv", 128, 2), ("res", 128)], [("conv", 32), ("dense", 128)]],
+                             latent_channels=(8, 8, 32), likelihood="logistic"),
     # the flat VAE of many a first course: three convolutions, a dense layer, a latent plane
     "mnist-vae": dict(outer_config=[("conv", 32), ("conv", 32), ("conv", 64, 2), ("dense", 128)], inner_config=[],
                       latent_channels=2, inference="bottom-up", **BINARY_DIGITS),
@@ -80,6 +84,14 @@ def kl_divergence(q: Normal, p: Normal) -> Tensor:
     """KL(q || p) in closed form, (B,) nats (Kingma & Welling 2014, appendix B, for two Gaussians)."""
     ratio = (q.logvar - p.logvar).exp() + (q.mu - p.mu).square() * (-p.logvar).exp()
     return 0.5 * (ratio - 1 + p.logvar - q.logvar).flatten(1).sum(1)
+
+
+def logits(x: Tensor) -> Tensor:
+    """How inference sees images in [0, 1]: on a scale that spreads what is almost black or white, from -2 to 2.
+
+    (Dinh et al. 2017, section 4.1.) On [0, 1] a captcha's background is white give or take two hundredths.
+    """
+    return 0.5 * torch.logit(1 / 64 + (1 - 1 / 32) * x.clamp(0, 1))
 
 
 class Head(nn.Module):
@@ -185,7 +197,7 @@ class HVAE(nn.Module):
         likelihood: 'gaussian', 'bernoulli' or 'logistic'.
         sigma: of the gaussian, for images in [-1, 1]; None learns it.
         mixtures: components of the logistic.
-        flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector; None is 6 for such a top
+        flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector; None is 24 for such a top
             of a ladder, and otherwise 0, which keeps N(0, I).
         text_length, charset: condition on texts of that length; text_length=None is the unconditional model.
 
@@ -226,6 +238,7 @@ class HVAE(nn.Module):
         c_z = channels_per_level(latent_channels, len(up))
         L = len(up)
         couplings = check_flow(flow, c_z[-1], sizes[-1], by_default=self.top_down and L > 1)
+        self.config["flow"] = couplings  # a file keeps its own, whatever the default becomes
 
         # inference[0] is the outer block, inference[l] leads from level l to level l+1, and generation[l] back
         self.inference = nn.ModuleList(Block(block) for block in up)
@@ -248,6 +261,7 @@ class HVAE(nn.Module):
         if likelihood == "gaussian":
             log_sigma = torch.tensor(math.log(0.5 if sigma is None else sigma))
             self.log_sigma = nn.Parameter(log_sigma, requires_grad=sigma is None)
+        self.to(memory_format=torch.channels_last)  # convolutions are faster so, in sampling by a third
 
     def plan_blocks(self) -> tuple[list[list[Layer]], list[list[Layer]]]:
         """Plans of the inference blocks and of the generation blocks, level 1 first; also makes `to_image`."""
@@ -279,12 +293,13 @@ class HVAE(nn.Module):
         p_x, draws = self.infer(x, y, closed)
         with torch.autocast(x.device.type, enabled=False):
             log_p_x = p_x.log_prob(x.float())
-            kl = torch.stack([self.kl(l, *draw) for l, draw in enumerate(draws)], dim=1)
-            log_weight = log_p_x + sum(p.log_prob(z) - q.log_prob(z) for q, p, z in draws)
+            log_p = [p.log_prob(z) for _, p, z in draws]
+            kl = torch.stack([self.kl(l, q, p, log_p[l]) for l, (q, p, _) in enumerate(draws)], dim=1)
+            log_weight = log_p_x + sum(log_p) - sum(q.log_prob(z) for q, _, z in draws)
         return ELBO(-log_p_x, kl, log_p_x - kl.sum(1), log_weight, draws[-1][2])
 
-    def kl(self, l: int, q: Normal, p: Normal | Flowed, z: Tensor) -> Tensor:
-        """The KL term of levels[l], (B,) nats.
+    def kl(self, l: int, q: Normal, p: Normal | Flowed, log_p: Tensor) -> Tensor:
+        """The KL term of levels[l], (B,) nats; log_p (B,) is log p at the z_l drawn.
 
         In the bottom-up chain p(z_l|z_{l+1}) depends on z_l itself, because z_{l+1} was drawn from it. The closed form
         would take the two for independent, so there log p is taken at the z_l drawn: unbiased, if noisier. A flow has
@@ -292,7 +307,7 @@ class HVAE(nn.Module):
         """
         if isinstance(p, Normal) and (self.top_down or l + 1 == len(self.levels)):
             return kl_divergence(q, p)
-        return -q.entropy() - p.log_prob(z)
+        return -q.entropy() - log_p
 
     def infer(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None,
               generator: torch.Generator | None = None):
@@ -305,7 +320,7 @@ class HVAE(nn.Module):
             return p_x, draws
         d = []  # the deterministic inference features d_1 ... d_L
         for block in self.inference:
-            d.append(block(d[-1] if d else x))
+            d.append(block(d[-1] if d else logits(x)))
 
         def draw(l: int, p: Normal | Flowed, h: Tensor) -> Tensor:
             q = self.levels[l].posterior(d[l], h, p)
@@ -320,7 +335,7 @@ class HVAE(nn.Module):
 
     def climb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[list[Tensor], list[Normal]]:
         """The bottom-up chain: z_1 ~ q(z_1|x), then z_{l+1} ~ q(z_{l+1}|z_l)."""
-        zs, qs, h = [], [], x
+        zs, qs, h = [], [], logits(x)
         for l, (block, level) in enumerate(zip(self.inference, self.levels)):
             q = level.q(block(h))
             z = q.sample(generator=generator)
@@ -407,6 +422,8 @@ class HVAE(nn.Module):
                generator: torch.Generator | None = None) -> Tensor:
         """Draws n images (n, C, H, W) in [0, 1] from the prior; each is the mean of p(x|z_1).
 
+        Computes in bfloat16 where the hardware has it.
+
         Args:
             text: one text for all images or a list of n; None draws one uniformly per image (if conditional).
             temperature: multiplies every prior's standard deviation, 0 gives the modes; one number each, from z_1 up,
@@ -420,7 +437,9 @@ class HVAE(nn.Module):
         T = per_level("temperature", temperature, len(self.levels))
         if n == 0:
             return self.to_image.weight.new_zeros(0, *self.input_shape)
-        return self.generate(n, y, lambda l, p, h: p.sample(T[l], generator)).image
+        device = self.to_image.weight.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            return self.generate(n, y, lambda l, p, h: p.sample(T[l], generator)).image
 
     def draw_text(self, n: int, text: str | Sequence[str] | None = None,
                   generator: torch.Generator | None = None) -> Tensor | None:
@@ -461,9 +480,11 @@ class HVAE(nn.Module):
         elif n and not (0 <= int(y.min()) and int(y.max()) < len(self.charset)):
             raise ValueError(f"y has indices outside the charset's 0..{len(self.charset) - 1}")
 
-    def save(self, path: str | Path) -> None:
-        """Writes config, weights and provenance into one file."""
+    def save(self, path: str | Path, half: bool = False) -> None:
+        """Writes config, weights and provenance into one file; half rounds the weights to float16, for half the size."""
         weights = {k: v.detach().cpu() for k, v in self.state_dict().items()}
+        if half:
+            weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
         content = {"config": self.config, "weights": weights, "provenance": self.provenance}
         torch.save({"format": "hvae-1", **content, "checksum": checksum(**content)}, path)
 
@@ -544,6 +565,13 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         raise ValueError(f"device {str(name)!r} is not available: {str(error).splitlines()[0]}") from None
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 here: on a GPU that has it, or a CPU with its instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def brief(block: Block) -> str:
     """A block in a few words: 'conv 32, pool 2' (channels after each layer, or its factor or index)."""
     number = lambda layer: layer.arg if layer.kind in ("pool", "upsample", "skip-up", "skip-down") else layer.c_out
@@ -578,7 +606,7 @@ def check_flow(flow: int | None, c_z: int, size: Size, by_default: bool) -> int:
     """The number of couplings of p(z_L)'s flow."""
     possible = not size and c_z > 1
     if flow is None:
-        return 6 if possible and by_default else 0
+        return 24 if possible and by_default else 0
     if not isinstance(flow, int) or isinstance(flow, bool) or flow < 0:
         raise ValueError(f"flow: expected a whole number >= 0 or None, got {flow!r}")
     if flow and not possible:

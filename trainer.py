@@ -9,7 +9,7 @@ Four things make samples follow their text and look like the data; each was need
     beta starts high and falls to 1. While information is dear, the model looks for the cheapest description of an
         image, and the text is free.
     closed levels: for half of every batch the lowest levels take their prior's mean instead of seeing x. What is
-        left to draw the glyphs from is the top latents and the text.
+        left to draw the glyphs from is the top latents and the text; in half of these, at first, the very top alone.
     free_nats: what a level may say for nothing, so that the upper ones are not abandoned.
     a flow as p(z_L): nats that are free do not draw q(z_L) to its prior, so the prior is drawn to it.
 """
@@ -31,19 +31,21 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
+from flow import Flowed, fit
 from generate import save_figures, test_images, usual_temperature
-from model import CONFIGS, HVAE, per_level, pick_device
+from model import CONFIGS, HVAE, Normal, has_bf16, per_level, pick_device
 from runs import Interruption, Run, has_state, load_state, read_csv, replace, save_state, shield_worker, write_csv
 
 VERSION = "1.0"  # of this code, written into every checkpoint
 
-# What the command line does by default for each of model.CONFIGS. For MNIST the likelihood is what counts: the plain
-# ELBO, with a beta that rises instead of falling.
-LIKELIHOOD_FIRST = dict(batch_size=100, beta_start=0.1, beta_steps=2_000, free_nats=[0.0], closed_share=0.0)
+# What the command line does by default for each of model.CONFIGS. Where the likelihood is what counts: the plain ELBO,
+# with a beta that rises instead of falling.
+LIKELIHOOD_FIRST = dict(beta_start=0.1, beta_steps=2_000, free_nats=[0.0], closed_share=0.0)
 TRAINING = {
     "captcha": {},
-    "mnist-vae": {**LIKELIHOOD_FIRST, "steps": 8_000},
-    "mnist-hvae": {**LIKELIHOOD_FIRST, "steps": 30_000, "binarise": True},
+    "captcha-logistic": {**LIKELIHOOD_FIRST, "batch_size": 8, "lr": 1e-3, "steps": 20_000},
+    "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 8_000},
+    "mnist-hvae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 30_000, "binarise": True},
 }
 
 
@@ -60,6 +62,7 @@ def train(
     free_nats: float | Sequence[float] | None = None,
     closed_levels: int | None = None,
     closed_share: float = 0.5,
+    top_share: float = 0.5,
     ema: float = 0.999,
     binarise: bool = False,
     device: str | None = None,
@@ -89,6 +92,8 @@ def train(
             and 80 for the top level: more than its KL at the start, so that nothing keeps z_L from finding its use.
         closed_levels, closed_share: how many of the lowest levels are closed, and for which share of each batch; None
             closes the lower half of a top-down model, rounded up. Bottom-up models have no closed levels.
+        top_share: in the first third of the run, in this share of the images with closed levels, every level but the top
+            is closed. What belongs to the image as a whole, its colours above all, thus finds its way into z_L.
         ema: decay of the weights' moving average.
         binarise: draw every pixel as 0 or 1 with its value as the probability, anew whenever an image is used.
         device: None takes CUDA if there is one.
@@ -104,7 +109,7 @@ def train(
         OSError: a file cannot be written.
         FloatingPointError: naming the term of the ELBO that stayed NaN or infinite for many steps.
     """
-    check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, ema, eval_every, log_every)
+    check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every)
     out = Path(out)
     if has_state(out / "state.pt") and not resume:
         raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
@@ -117,8 +122,10 @@ def train(
     model = model_for(dataset) if model is None else model
     check_fit(model, train_set, batch_size)
     closed_levels = check_closed(model, closed_levels)
+    closed_first, closed_then = (closings(model, batch_size, closed_levels, closed_share, share).to(device)
+                                 for share in (top_share, 0.0))
     free_nats = torch.tensor(check_free(model, free_nats), device=device)
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device).train()
     out.mkdir(parents=True, exist_ok=True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -143,8 +150,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate(run.step, steps, warmup)
             beta = beta_start ** max(0.0, 1 - run.step / beta_steps)
-            closed = torch.zeros(batch_size, dtype=torch.long, device=device)
-            closed[: int(closed_share * batch_size)] = closed_levels
+            closed = closed_first if 3 * run.step < steps else closed_then
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, terms = loss_terms(model, x, y, beta, free_nats, closed)
@@ -173,7 +179,65 @@ def train(
             if stop.signal:
                 save_state(out / "state.pt", run)
                 stop.strike()
-    return run.average.to(memory_format=torch.contiguous_format), run.history
+    return run.average, run.history
+
+
+def closings(model: HVAE, batch_size: int, closed_levels: int, closed_share: float, top_share: float) -> Tensor:
+    """(B,): how many of the lowest levels are closed, for each image of a batch."""
+    closed = torch.zeros(batch_size, dtype=torch.long)
+    if closed_levels:
+        closed[: int(closed_share * batch_size)] = closed_levels
+        closed[: int(top_share * closed_share * batch_size)] = len(model.levels) - 1
+    return closed
+
+
+def fit_prior(model: HVAE, dataset: Dataset, images: int = 50_000, steps: int = 6_000, batch_size: int = 256,
+              lr: float = 1e-3, workers: int = 1, seed: int = 0) -> HVAE:
+    """Fits p(z_L), a flow, to q(z_L) over the first so many images of a data set; all else stays as it is.
+
+    What training has left between the two is what keeps samples from looking like reconstructions, and this takes
+    minutes (a second stage, as in Dai & Wipf 2019, section 4). Changes the model, and returns it in eval mode.
+
+    Raises:
+        ValueError: the model has no flow.
+    """
+    top = model.eval().levels[-1]
+    if top.flow is None:
+        raise ValueError("p(z_L) is N(0, I) in this model; there is no flow to fit (flow=24, or --flow 24, begins one)")
+    device = model.to_image.weight.device
+    torch.manual_seed(seed)
+    first = Subset(dataset, range(min(images, len(dataset))))
+    mu, logvar = encode_top(model, DataLoader(first, 100, num_workers=workers, worker_init_fn=shield_worker))
+
+    def draw(n: int) -> Tensor:
+        i = torch.randint(len(mu), (n,), device=device)
+        return Normal(mu[i], logvar[i]).sample()
+
+    normal = Normal(torch.zeros(batch_size, *top.shape, device=device), torch.zeros(batch_size, *top.shape, device=device))
+    fit(Flowed(normal, top.flow), draw, steps, batch_size, lr)
+    model.provenance = {**model.provenance, "prior_fit": {"images": len(first), "steps": steps, "batch_size": batch_size}}
+    return model
+
+
+@torch.no_grad()
+def encode_top(model: HVAE, loader: DataLoader) -> tuple[Tensor, Tensor]:
+    """mu and logvar of q(z_L|.) of every image, (n, c) each."""
+    device = model.to_image.weight.device
+    posteriors = []
+    for x, y in tqdm(loader, desc="encode", unit="batch", dynamic_ncols=True, mininterval=1):
+        y = y.to(device) if model.text_length is not None else None
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            posteriors.append(model.infer(x.to(device), y)[1][-1][0])
+    return torch.cat([q.mu for q in posteriors]), torch.cat([q.logvar for q in posteriors])
+
+
+def with_flow(model: HVAE, couplings: int) -> HVAE:
+    """The same model with a fresh flow as p(z_L)."""
+    changed = HVAE(**{**model.config, "flow": couplings})
+    weights = {name: weight for name, weight in model.state_dict().items() if ".flow." not in name}
+    changed.load_state_dict(weights, strict=False)
+    changed.provenance = model.provenance
+    return changed
 
 
 def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float | Tensor, closed: Tensor):
@@ -341,14 +405,15 @@ def model_for(dataset: Dataset, **arguments) -> HVAE:
     return HVAE(**{**data, **arguments})
 
 
-def check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, ema, eval_every, log_every) -> None:
+def check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every) -> None:
     """Raises ValueError naming the first argument of train() that is out of range."""
     whole = dict(steps=steps, batch_size=batch_size, beta_steps=beta_steps, eval_every=eval_every, log_every=log_every)
     for name, value in whole.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
     for name, value, fits in [("lr", lr, 0 < lr < math.inf), ("beta_start", beta_start, 0 < beta_start < math.inf),
-                              ("closed_share", closed_share, 0 <= closed_share < 1), ("ema", ema, 0 <= ema < 1)]:
+                              ("closed_share", closed_share, 0 <= closed_share < 1),
+                              ("top_share", top_share, 0 <= top_share <= 1), ("ema", ema, 0 <= ema < 1)]:
         if not fits:
             raise ValueError(f"{name}: {value!r} is out of range")
 
@@ -384,13 +449,6 @@ def check_fit(model: HVAE, dataset: Dataset, batch_size: int) -> None:
     charset = getattr(source, "charset", model.charset)
     if model.text_length is not None and charset != model.charset:
         raise ValueError(f"the data's texts are indices into the charset {charset!r}, the model's into {model.charset!r}")
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32 here: on a GPU that has it, or a CPU with its instructions."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -461,7 +519,8 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     made("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z_1); default: as in the config")
     made("--sigma", type=float, help="of the gaussian, for images in [-1, 1]; default: as in the config")
     made("--mixtures", type=int, help="components of the logistic; default: as in the config")
-    made("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I); default: 6 for a ladder with a vector on top")
+    made("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I); default: 24 for a ladder with a vector on top; "
+         "with --init or --fit-prior, a fresh one")
     made("--unconditional", action="store_true", help="leave the texts unused")
     option = parser.add_argument_group("training").add_argument
     option("--steps", type=int, default=11_000, help="training steps in all")
@@ -474,6 +533,7 @@ def make_parser(config: str) -> argparse.ArgumentParser:
            help="KL that costs nothing: for every level, or one each from z_1 up; default: 40, and 80 for the top")
     option("--closed-levels", type=int, help="lowest levels closed for a part of each batch; default: the lower half")
     option("--closed-share", type=float, default=0.5, help="that part of each batch")
+    option("--top-share", type=float, default=0.5, help="the part of those images in which only the top is open, at first")
     option("--ema", type=float, default=0.999, help="decay of the averaged weights")
     option("--binarise", action="store_true", help="draw every pixel as 0 or 1, anew at every step")
     option("--eval-every", type=int, default=1000, help="steps between evaluations, samples and checkpoints")
@@ -482,6 +542,8 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     option("--out", default="checkpoints/run", help="folder for the model, the metrics and the pictures")
     option("--keep", action="store_true", help="keep the model of every evaluation, as hvae-STEP.pt")
     option("--resume", action="store_true", help="continue the run in that folder")
+    option("--fit-prior", metavar="FILE", help="train nothing but this checkpoint's p(z_L), on 50,000 images: minutes, "
+           "and samples come closer to reconstructions")
     measure = parser.add_argument_group("measuring").add_argument
     measure("--evaluate", metavar="FILE", help="train nothing: measure this checkpoint on the split 'test'")
     measure("--importance-samples", type=int, default=1, help="draws of z per image for its bound on log p(x)")
@@ -509,12 +571,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         torch.manual_seed(args.seed)
         data_set = make_dataset(args)
+        if args.fit_prior:
+            save_fitted_prior(data_set, args)
+            return
         model = make_model(data_set, args)
         print(model.summary())
         model, _ = train(
             model, data_set, steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup=args.warmup,
             beta_start=args.beta_start, beta_steps=args.beta_steps, free_nats=args.free_nats,
-            closed_levels=args.closed_levels, closed_share=args.closed_share, ema=args.ema, binarise=args.binarise,
+            closed_levels=args.closed_levels, closed_share=args.closed_share, top_share=args.top_share, ema=args.ema, binarise=args.binarise,
             device=args.device, workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
             keep=args.keep, eval_every=args.eval_every)
         save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1] if args.folder else test_set_for(model, args))
@@ -523,6 +588,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(f"interrupted; go on with --out {args.out} --resume")
     print(f"model, metrics and pictures in {args.out}")
+
+
+def save_fitted_prior(data_set: Dataset, args: argparse.Namespace) -> None:
+    """--fit-prior: writes OUT/hvae.pt."""
+    model = load_with_flow(args.fit_prior, args).to(pick_device(args.device))
+    check_fit(model, data_set, 1)
+    model = fit_prior(model, data_set, workers=args.workers, seed=args.seed)
+    metrics = evaluate(model, hold_out(data_set, args.seed)[1], binarise=model.provenance.get("binarised", False))
+    model.provenance["held_out"] = metrics
+    print(f"held out -elbo {-metrics['elbo']:,.1f} nats, kl of the top {metrics['kl'][-1]:,.1f}")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    replace(Path(args.out) / "hvae.pt", model.save)
+    print(f"model with the fitted prior in {Path(args.out) / 'hvae.pt'}")
 
 
 def make_dataset(args: argparse.Namespace) -> Dataset:
@@ -545,12 +623,19 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.unconditional:
         changes["text_length"] = None
-    if args.init and changes:
-        raise ValueError(f"the checkpoint of --init settles the architecture, including its {', '.join(changes)}")
+    settled = [name for name in changes if name != "flow"]
+    if args.init and settled:
+        raise ValueError(f"the checkpoint of --init settles the architecture, including its {', '.join(settled)}")
     if args.init:
-        return HVAE.load(args.init)
+        return load_with_flow(args.init, args)
     shape_free = {k: v for k, v in CONFIGS[args.config].items() if k not in ("input_size", "input_channels", "text_length")}
     return model_for(dataset, **{**shape_free, **changes})
+
+
+def load_with_flow(path: str, args: argparse.Namespace) -> HVAE:
+    """A checkpoint, with a fresh flow if the command line names its couplings."""
+    model = HVAE.load(path)
+    return model if args.flow is None else with_flow(model, args.flow)
 
 
 def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:

@@ -9,6 +9,12 @@ torch.set_num_threads(2)
 
 
 @pytest.fixture
+def full_precision(monkeypatch) -> None:
+    """sample() in float32, also where the hardware has bfloat16, for comparison with a computation by hand."""
+    monkeypatch.setattr("model.has_bf16", lambda device: False)
+
+
+@pytest.fixture
 def mnist_root() -> Path:
     """The folder that holds MNIST/raw; the test is skipped where there is none."""
     root = Path(__file__).resolve().parent.parent

@@ -505,7 +505,7 @@ def test_ends_of_the_interpolation(kind):
             assert figure.axes[3 * i].get_ylabel() == "text " + "".join(CHARSET[s] for s in y[i])
 
 
-def test_plot_prior_vs_aggregate(monkeypatch):
+def test_plot_prior_vs_aggregate(monkeypatch, full_precision):
     model = tiny(flow=0)
     items = images_for(model, 3)
     figure = plot_prior_vs_aggregate(model, items, 3, temperature=0.9, seed=1)

@@ -34,7 +34,7 @@ def logistic_reference(parameters, x, mixtures):
                 density = 0.0
                 for k in range(mixtures):
                     p = float(block[:, 0].softmax(0)[k])
-                    mean, scale, a = block[k, 1 : 1 + c], block[k, 1 + c : 1 + 2 * c], block[k, 1 + 2 * c :].tanh()
+                    mean, scale, a = block[k, 1 : 1 + c], block[k, 1 + c : 1 + 2 * c], 4 * (block[k, 1 + 2 * c :] / 4).tanh()
                     shift = [0.0] if c == 1 else [0.0, a[0] * values[0], a[1] * values[0] + a[2] * values[1]]
                     for channel in range(c):
                         s = math.exp(min(max(float(scale[channel]), -7), 7))
@@ -127,12 +127,13 @@ def test_logistic_reads_values_as_8_bit():
 
 
 def test_logistic_image_follows_the_channels():
-    """With coefficients near 1, the mean red shifts the mean green."""
+    """The mean red shifts the mean green, by its coefficient times as much; that is 4 at most."""
     parameters = torch.zeros(1, Logistic.channels(3, 1), 1, 1)
-    parameters[0, 1] = 0.5  # mean of red
-    parameters[0, 7] = 100.0  # red -> green: tanh is 1
-    image = Logistic(parameters, 3, 1).image[0, :, 0, 0]
-    torch.testing.assert_close(image, torch.tensor([0.75, 0.75, 0.5]))
+    parameters[0, 1] = 0.1  # mean of red
+    for raw, coefficient in [(0.0, 0.0), (0.5, 4 * math.tanh(0.125)), (-1000.0, -4.0)]:
+        parameters[0, 7] = raw  # red -> green
+        image = Logistic(parameters, 3, 1).image[0, :, 0, 0]
+        torch.testing.assert_close(image, torch.tensor([0.55, 0.5 + 0.05 * coefficient, 0.5]))
 
 
 # ------------------------------------------------------------------------------------------------ gaussian, bernoulli

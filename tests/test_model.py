@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from model import DIGITS, HVAE, INNER_CONFIG, LATENT_CHANNELS, OUTER_CONFIG, UPPERCASE, Normal, kl_divergence
+from model import DIGITS, HVAE, INNER_CONFIG, LATENT_CHANNELS, OUTER_CONFIG, UPPERCASE, Normal, kl_divergence, logits
 
 MODES = ["top-down", "bottom-up"]
 U_NET = [("conv-bn", 4), ("skip-up", 0), ("pool", 2), ("conv", 5), ("upsample", 2), ("skip-down", 0), ("conv", 3)]
@@ -247,6 +247,14 @@ def test_size_keeping_blocks_are_built_identically_and_others_mirrored(inference
     assert (model.generation[3].plan[0].c_in, model.generation[3].plan[0].c_out) == (6, 5)
 
 
+def test_inference_spreads_what_is_almost_white():
+    """Two shades near white differ more than two that are as far apart near grey; extremes stay finite."""
+    near_white, grey = logits(torch.tensor([0.94, 0.96])).diff(), logits(torch.tensor([0.49, 0.51])).diff()
+    assert near_white > 3 * grey > 0
+    ends = logits(torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.1]))
+    assert ends.isfinite().all() and ends[2] == 0 and ends[0] == ends[1] == -ends[3] == -ends[4]
+
+
 @torch.no_grad()
 def test_bottom_up_is_markov():
     """q(z_2|.) depends on x through z_1 alone: with z_1 held fixed, another x changes nothing."""
@@ -464,8 +472,18 @@ def test_temperature_0_is_deterministic_given_the_text(inference):
     assert 0 < spread[0] < spread[1]
 
 
+def test_samples_in_bfloat16_stay_close(monkeypatch):
+    model = tiny().eval()
+    draw = lambda: model.sample(4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("model.has_bf16", lambda device: True)
+    half = draw()
+    monkeypatch.setattr("model.has_bf16", lambda device: False)
+    assert half.dtype == torch.float32 and not torch.equal(half, draw())
+    torch.testing.assert_close(half, draw(), atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize("inference", MODES)
-def test_temperature_per_level(inference):
+def test_temperature_per_level(inference, full_precision):
     """The second number is z_2's: with 0 for either level the spread is that of the other."""
     model = tiny(inference).eval()
     draw = lambda T: model.sample(6, temperature=T, generator=torch.Generator().manual_seed(0))
@@ -564,6 +582,19 @@ def test_numpy_sigma_survives_the_file(tmp_path):
     numpy = pytest.importorskip("numpy")
     tiny(likelihood="gaussian", sigma=numpy.float64(0.2)).save(tmp_path / "model.pt")
     assert HVAE.load(tmp_path / "model.pt").log_sigma.exp().item() == pytest.approx(0.2)
+
+
+def test_half_a_file_draws_almost_the_same(tmp_path):
+    model = tiny().eval()
+    for name, half in [("whole.pt", False), ("half.pt", True)]:
+        model.save(tmp_path / name, half=half)
+    content = torch.load(tmp_path / "half.pt", weights_only=True)
+    assert all(weight.dtype == torch.float16 for weight in content["weights"].values())
+    assert (tmp_path / "half.pt").stat().st_size < (tmp_path / "whole.pt").stat().st_size
+    loaded = HVAE.load(tmp_path / "half.pt")
+    assert all(weight.dtype == model.state_dict()[name].dtype for name, weight in loaded.state_dict().items())
+    draw = lambda m: m.sample(4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(draw(loaded), draw(model), atol=0.01, rtol=0)
 
 
 def test_loading_a_missing_file_or_a_folder(tmp_path):

@@ -18,7 +18,7 @@ import trainer
 from dataset import CaptchaDataset, CaptchaFolder
 from model import HVAE
 from runs import Clipper, read_state
-from trainer import batches, evaluate, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
+from trainer import batches, evaluate, fit_prior, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
 
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
 FIGURES = ["interpolation.png", "levels.png", "originals.png", "prior_vs_aggregate.png", "reconstructions.png",
@@ -202,7 +202,8 @@ def test_arguments_out_of_range(tmp_path):
             with pytest.raises(ValueError, match=name):
                 fit(tmp_path / "out", **{name: value})
     for name, values in dict(lr=[0, -1, math.inf, math.nan], beta_start=[0, math.nan],
-                             free_nats=[-1, math.nan, [1, 1, 1], [1, -1]], ema=[1, -0.1], closed_share=[1, -0.1]).items():
+                             free_nats=[-1, math.nan, [1, 1, 1], [1, -1]], ema=[1, -0.1], closed_share=[1, -0.1],
+                             top_share=[1.1, -0.1, math.nan]).items():
         for value in values:
             with pytest.raises(ValueError, match=name):
                 fit(tmp_path / "out", **{name: value})
@@ -518,10 +519,63 @@ def test_train_closes_levels(tmp_path):
         assert "reconstruction_closed" not in history[0]
 
 
+def test_closings_of_a_batch():
+    """Half of the batch is closed, and in half of that all levels but the top are."""
+    model = tiny(inner_config=[[("res", 4)]] * 4)
+    assert trainer.closings(model, 8, 3, 0.5, 0.5).tolist() == [4, 4, 3, 3, 0, 0, 0, 0]
+    assert trainer.closings(model, 8, 3, 0.5, 0.0).tolist() == [3, 3, 3, 3, 0, 0, 0, 0]
+    assert trainer.closings(model, 8, 3, 0.25, 1.0).tolist() == [4, 4, 0, 0, 0, 0, 0, 0]
+    assert trainer.closings(model, 8, 0, 0.5, 0.5).tolist() == [0] * 8
+
+
+def test_only_the_top_is_open_in_the_first_third(tmp_path, monkeypatch):
+    seen, loss_terms = [], trainer.loss_terms
+    monkeypatch.setattr(trainer, "loss_terms", lambda *args: seen.append(args[-1].tolist()) or loss_terms(*args))
+    fit(tmp_path, tiny(inner_config=[[("res", 4)]] * 3), steps=6, batch_size=4)
+    assert seen == [[3, 2, 0, 0]] * 2 + [[2, 2, 0, 0]] * 4
+
+
 @pytest.mark.parametrize("inference, closed_levels", [("bottom-up", 1), ("top-down", 2), ("top-down", -1)])
 def test_impossible_closed_levels(inference, closed_levels, tmp_path):
     with pytest.raises(ValueError, match="closed_levels"):
         fit(tmp_path, tiny(inference=inference), closed_levels=closed_levels)
+
+
+# ------------------------------------------------------------------------------------------------ fitting p(z_L)
+
+VECTOR_TOP = dict(inner_config=[[("dense", 6)]], latent_channels=(2, 4))
+
+
+def test_fit_prior_changes_the_flow_alone_and_lowers_the_top_kl():
+    model = tiny(**VECTOR_TOP, flow=3)
+    nn.init.normal_(model.levels[-1].q.out.bias[:4], std=2.0)  # q(z_2) far from N(0, I)
+    before, kl = copy.deepcopy(model.state_dict()), evaluate(model, bars(seed=1))["kl"]
+    fitted = fit_prior(model, bars(), steps=200, batch_size=32, lr=5e-3, workers=0)
+    assert fitted is model and not model.training
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed and all(name.startswith("levels.1.flow.couplings") for name in changed)
+    after = evaluate(model, bars(seed=1))["kl"]
+    assert after[1] < kl[1] - 1 and after[0] == pytest.approx(kl[0], rel=0.05)
+    assert model.provenance["prior_fit"] == {"images": 40, "steps": 200, "batch_size": 32}
+
+
+def test_fit_prior_uses_as_many_images_as_it_is_told():
+    model = fit_prior(tiny(**VECTOR_TOP, flow=1), bars(), images=12, steps=1, batch_size=4, workers=0)
+    assert model.provenance["prior_fit"]["images"] == 12
+
+
+def test_no_flow_to_fit():
+    with pytest.raises(ValueError, match="no flow"):
+        fit_prior(tiny(**VECTOR_TOP, flow=0), bars())
+
+
+def test_another_flow_leaves_the_rest():
+    model = tiny(**VECTOR_TOP, flow=1)
+    model.provenance = {"steps": 3}
+    changed = trainer.with_flow(model, 2)
+    assert len(changed.levels[-1].flow.couplings) == 2 and changed.provenance == {"steps": 3}
+    rest = lambda m: {name: weight for name, weight in m.state_dict().items() if ".flow." not in name}
+    assert same(rest(changed), rest(model))
 
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -789,7 +843,7 @@ def test_csv_is_a_plain_table(tmp_path):
 
 OPTIONS = """--data --folder --root --config --init --binarise --keep --size --length --charset --fonts --images --cache
     --workers --inference --likelihood --sigma --mixtures --flow --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats --closed-levels
-    --closed-share --ema --eval-every --device --seed --out --resume --evaluate --importance-samples""".split()
+    --closed-share --top-share --ema --eval-every --device --seed --out --resume --fit-prior --evaluate --importance-samples""".split()
 
 
 @pytest.fixture
@@ -877,6 +931,18 @@ def test_command_line_begins_with_a_checkpoint(small, tmp_path, capsys):
         torch.testing.assert_close(trained.get_parameter(name), weight, atol=1e-6, rtol=1e-5)
     with pytest.raises(SystemExit):  # the data have no texts
         trainer.main(small + init[-2:] + ["--out", str(tmp_path / "other")])
+
+
+def test_command_line_fits_the_prior(small, tmp_path, monkeypatch):
+    model = tiny(**VECTOR_TOP, flow=0, input_size=(16, 32), input_channels=3)
+    model.save(tmp_path / "model.pt")
+    monkeypatch.setattr(trainer, "fit_prior", functools.partial(trainer.fit_prior, steps=2, batch_size=4))
+    trainer.main(small + ["--fit-prior", str(tmp_path / "model.pt"), "--flow", "2"])
+    fitted = HVAE.load(tmp_path / "out" / "hvae.pt")
+    assert fitted.config == {**model.config, "flow": 2} and fitted.provenance["prior_fit"]["steps"] == 2
+    assert not (tmp_path / "out" / "state.pt").exists()
+    with pytest.raises(SystemExit):
+        trainer.main(small + ["--fit-prior", str(tmp_path / "model.pt")])
 
 
 def test_command_line_seed_sets_the_weights(small, tmp_path):

@@ -10,6 +10,8 @@ texts and at renders of the same texts:
     Frechet          the distance between Gaussians fitted to its features of samples and of renders (Heusel et al. 2017,
                      with this reader in place of Inception), beside that between two sets of renders
     diversity        of images of one text: the mean distance of two of them, in its features and in pixels
+    colours          their standard deviation over images: of the ink (a channel's third percentile) and of the paper
+                     (its median)
 """
 
 import argparse
@@ -86,6 +88,12 @@ def diversity(images: Tensor, per_text: int) -> float:
     return torch.stack(distances).mean().item()
 
 
+def colours(images: Tensor, quantile: float) -> float:
+    """Standard deviation, over images, of a quantile of each channel's pixels."""
+    values = torch.cat([part.flatten(2).quantile(quantile, 2) for part in images.split(100)])
+    return values.std(0).mean().item()
+
+
 def measure(draw: Draw, reader: Reader, texts: Sequence[str], reference: Tensor, charset: str, device: torch.device) -> dict:
     """The figures of one source of images; `reference` are the features of renders of other texts."""
     images = draw(texts)
@@ -94,7 +102,8 @@ def measure(draw: Draw, reader: Reader, texts: Sequence[str], reference: Tensor,
     return {"symbols read": symbols, "texts read": whole,
             "Frechet distance to renders": frechet(in_batches(reader.features, images, device), reference),
             "diversity of one text, features": diversity(in_batches(reader.features, same, device), 16),
-            "diversity of one text, pixels": diversity(same, 16)}
+            "diversity of one text, pixels": diversity(same, 16),
+            "colours of the ink": colours(images, 0.03), "colours of the paper": colours(images, 0.5)}
 
 
 def random_texts(n: int, length: int, charset: str, seed: int) -> list[str]:
@@ -136,7 +145,7 @@ def main() -> None:
         model = HVAE.load(path, device)
         seen.append(model.provenance.get("images_seen", 0))
         for temperature in args.temperature or [usual_temperature(model)]:
-            name = f"{Path(path).stem}, T = {' '.join(map(str, temperature))}"
+            name = f"{path}, T = {' '.join(map(str, temperature))}"
             columns[name] = measure(samples(model, temperature), reader, texts, reference, charset, device)
     for name, figures in columns.items():
         print(f"\n{name}")

@@ -1,6 +1,9 @@
 """Images per second, side by side: rendering, sampling and training on this machine.
 
     python tests/benchmarks/speed.py
+
+Beside training stands the arithmetic of the model's layers, forward and backward, in TFLOP/s, and on a GPU of PEAK its
+share of what the tensor cores could do: the model FLOPs utilisation (Chowdhery et al. 2022, appendix B).
 """
 
 import argparse
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -17,6 +21,7 @@ from dataset import CaptchaDataset  # noqa: E402
 from model import HVAE, pick_device  # noqa: E402
 from trainer import has_bf16, loss_terms  # noqa: E402
 
+PEAK = {"H200": 989, "H100": 989, "A100": 312, "L4": 121}  # bfloat16 TFLOP/s without sparsity, from the data sheets
 ORIGINAL_OUTER = [("conv-bn", 32), ("pool", 2), ("conv-bn", 64), ("pool", 2), ("conv-bn", 64)]
 ORIGINAL_INNER = [[("conv-bn", 32), ("skip-up", 0), ("pool", 2), ("conv-bn", 64), ("skip-up", 1), ("pool", 2),
                    ("conv-bn", 64), ("conv-bn", 64), ("upsample", 2), ("skip-down", 1), ("conv-bn", 32),
@@ -50,6 +55,20 @@ def training_step(model: HVAE, device: torch.device, batch_size: int) -> Callabl
     return step
 
 
+def flops(step: Callable[[], None]) -> int:
+    """Floating-point operations of one training step's matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def throughput(per_second: float, device: torch.device) -> str:
+    """TFLOP/s, and the share of the device's peak if that is known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for gpu, peak in PEAK.items() if gpu in name), None)
+    return f"{per_second / 1e12:6.2f} TFLOP/s" + (f", {per_second / 1e12 / peak:.1%} of the peak" if peak else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="cpu, cuda, ...; CUDA if there is one")
@@ -64,10 +83,12 @@ def main() -> None:
               "original, bottom-up": HVAE(ORIGINAL_OUTER, ORIGINAL_INNER, latent_channels=1, inference="bottom-up",
                                           text_length=None)}
     for name, model in models.items():
-        model.to(device, memory_format=torch.channels_last)
+        model.to(device)
         sampling = rate(batch, lambda: model.eval().sample(batch).cpu())
         print(f"sampling, {name:24s}  {sampling:8.0f} images/s")
-        print(f"training, {name:24s}  {rate(batch, training_step(model.train(), device, batch)):8.0f} images/s")
+        step = training_step(model.train(), device, batch)
+        training, work = rate(batch, step), flops(step) / batch
+        print(f"training, {name:24s}  {training:8.0f} images/s {throughput(training * work, device)}")
 
 
 if __name__ == "__main__":
