@@ -19,7 +19,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text
-from model import HVAE, Normal, per_level, pick_device
+from model import HVAE, Normal, lower_half, per_level, pick_device
 
 CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
                "mnist": Path(__file__).resolve().parent / "checkpoints" / "mnist.pt"}
@@ -34,11 +34,10 @@ TEXTURE, GLYPHS, TOP = 0.9, 0.3, 0.8  # usual temperatures of the lower half of 
 def usual_temperature(model: HVAE) -> list[float]:
     """Cold in the middle for clear glyphs, warm below for texture and above for variety."""
     below = len(model.levels) - 1
-    texture = min((below + 2) // 2, below)  # the levels that training closes
+    texture = lower_half(below + 1)
     return [TEXTURE] * texture + [GLYPHS] * (below - texture) + [TOP]
 
 
-@torch.no_grad()
 def temperatures(model: HVAE, temperature: Temperature) -> list[float]:
     """One for every level, from z_1 up."""
     return per_level("temperature", usual_temperature(model) if temperature is None else temperature, len(model.levels))

@@ -593,6 +593,11 @@ def channels_per_level(latent_channels: int | Sequence[int], levels: int) -> lis
     return channels
 
 
+def lower_half(levels: int) -> int:
+    """How many levels, rounded up and without the top, training closes and sampling draws warm for texture."""
+    return min((levels + 1) // 2, levels - 1)
+
+
 def per_level(name: str, value: float | Sequence[float], levels: int) -> list[float]:
     """A number >= 0 for every level, from z_1 up, of one for all or of one each."""
     each = list(value) if isinstance(value, (list, tuple)) else [value]

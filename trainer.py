@@ -31,9 +31,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
-from flow import Flowed, fit
+from flow import fit
 from generate import save_figures, test_images, usual_temperature
-from model import CONFIGS, HVAE, Normal, has_bf16, per_level, pick_device
+from model import CONFIGS, HVAE, Normal, has_bf16, lower_half, per_level, pick_device
 from runs import Interruption, Run, has_state, load_state, read_csv, replace, save_state, shield_worker, write_csv
 
 VERSION = "1.0"  # of this code, written into every checkpoint
@@ -213,8 +213,8 @@ def fit_prior(model: HVAE, dataset: Dataset, images: int = 50_000, steps: int = 
         i = torch.randint(len(mu), (n,), device=device)
         return Normal(mu[i], logvar[i]).sample()
 
-    normal = Normal(torch.zeros(batch_size, *top.shape, device=device), torch.zeros(batch_size, *top.shape, device=device))
-    fit(Flowed(normal, top.flow), draw, steps, batch_size, lr)
+    p = top.prior(torch.empty(batch_size, 0, device=device))  # p(z_L) looks at nothing but the number
+    fit(p, draw, steps, batch_size, lr)
     model.provenance = {**model.provenance, "prior_fit": {"images": len(first), "steps": steps, "batch_size": batch_size}}
     return model
 
@@ -429,7 +429,7 @@ def check_closed(model: HVAE, closed_levels: int | None) -> int:
     levels = len(model.levels)
     most = levels - 1 if model.top_down else 0
     if closed_levels is None:
-        return min((levels + 1) // 2, most)
+        return min(lower_half(levels), most)
     if not 0 <= closed_levels <= most:
         raise ValueError(f"closed_levels: a {model.config['inference']} model of {levels} levels can close up to {most}, "
                          f"got {closed_levels}")
@@ -579,8 +579,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, _ = train(
             model, data_set, steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup=args.warmup,
             beta_start=args.beta_start, beta_steps=args.beta_steps, free_nats=args.free_nats,
-            closed_levels=args.closed_levels, closed_share=args.closed_share, top_share=args.top_share, ema=args.ema, binarise=args.binarise,
-            device=args.device, workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
+            closed_levels=args.closed_levels, closed_share=args.closed_share, top_share=args.top_share, ema=args.ema,
+            binarise=args.binarise, device=args.device, workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
             keep=args.keep, eval_every=args.eval_every)
         save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1] if args.folder else test_set_for(model, args))
     except (ValueError, OSError, FloatingPointError) as error:
