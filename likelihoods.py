@@ -11,6 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SLOPE = 4.0  # PixelCNN++ has 1; between two colours of a captcha, one channel can change by much more than another
+EDGE = 1 / 64  # how near 0 and 1 `logits` tells values apart
+
+
+def logits(x: Tensor) -> Tensor:
+    """Images in [0, 1] on a scale that spreads what is almost black or white, from -2 to 2 (Dinh et al. 2017, section 4.1).
+
+    On [0, 1] a captcha's paper is white give or take two hundredths.
+    """
+    return 0.5 * torch.logit(EDGE + (1 - 2 * EDGE) * x.clamp(0, 1))
+
+
+def from_logits(m: Tensor) -> Tensor:
+    """The inverse of `logits`; larger numbers reach a little beyond 0 and 1."""
+    return (torch.sigmoid(2 * m) - EDGE) / (1 - 2 * EDGE)
 
 
 class Bernoulli:
@@ -53,9 +67,9 @@ class Gaussian:
 class Logistic:
     """A mixture of K discretised logistics on 8-bit values (Salimans et al. 2017, PixelCNN++, section 2.1-2.2).
 
-    A true probability: it sums to one over the 256^(C H W) images. Channel c's mean moves linearly with the values
-    of the channels before it (R -> G -> B), by up to SLOPE times theirs. Per mixture component the map holds one
-    weight, C means, C log scales and C (C - 1) / 2 coefficients.
+    A true probability: it sums to one over the 256^(C H W) images. Per mixture component the map holds one weight, C
+    means on the scale of `logits`, C log scales, and C (C - 1) / 2 coefficients: a channel's mean moves with what the
+    channels before it (R -> G -> B) turn out to be beyond their own means, by up to SLOPE times as much.
     """
 
     def __init__(self, parameters: Tensor, c: int, mixtures: int):
@@ -63,7 +77,8 @@ class Logistic:
         b, _, h, w = parameters.shape
         params = parameters.view(b, mixtures, -1, h, w)
         self.log_pi = params[:, :, 0].log_softmax(1)  # (B, K, H, W)
-        self.mean, log_scale, coeff = params[:, :, 1:].split([c, c, c * (c - 1) // 2], dim=2)  # (B, K, ., H, W)
+        mean, log_scale, coeff = params[:, :, 1:].split([c, c, c * (c - 1) // 2], dim=2)  # (B, K, ., H, W)
+        self.mean = 2 * from_logits(mean) - 1
         self.log_scale = log_scale.clamp(-7, 7)
         self.coeff = SLOPE * (coeff / SLOPE).tanh()
 
@@ -71,21 +86,19 @@ class Logistic:
     def channels(c: int, mixtures: int) -> int:
         return mixtures * (1 + 2 * c + c * (c - 1) // 2)
 
-    def means_given(self, x: Tensor | None) -> Tensor:
-        """Means (B, K, C, H, W), shifted by the channels before each: x's (B, C, H, W), or the means' own."""
+    def means_given(self, x: Tensor) -> Tensor:
+        """Means (B, K, C, H, W), each moved by x (B, C, H, W), in [-1, 1], in the channels before it."""
+        beyond = x[:, None] - self.mean
         means, first = [], 0
-        for channel in range(self.mean.shape[2]):
-            mean = self.mean[:, :, channel]
-            for before in range(channel):
-                value = means[before] if x is None else x[:, None, before]
-                mean = mean + self.coeff[:, :, first + before] * value
+        for channel in range(x.shape[1]):
+            coeff = self.coeff[:, :, first : first + channel]
+            means.append(self.mean[:, :, channel] + (coeff * beyond[:, :, :channel]).sum(2))
             first += channel
-            means.append(mean)
         return torch.stack(means, dim=2)
 
     @property
     def image(self) -> Tensor:
-        mean = (self.log_pi.exp()[:, :, None] * self.means_given(None)).sum(1)
+        mean = (self.log_pi.exp()[:, :, None] * self.mean).sum(1)
         return ((mean + 1) / 2).clamp(0, 1)
 
     def log_prob(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from blocks import Block, Layer, Size, build, mirror, pixels, plan, project
 from flow import Flow, Flowed
-from likelihoods import Bernoulli, Gaussian, Logistic
+from likelihoods import Bernoulli, Gaussian, Logistic, logits
 
 DIGITS = "0123456789"
 UPPERCASE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -40,7 +40,7 @@ CONFIGS = {
     # for bits/dim: a true probability of 8-bit images, most of it in the 15x40 map that tells where edges are
     "captcha-logistic": dict(outer_config=[("conv", 48, 2), ("conv", 64, 2), ("res", 64)],
                              inner_config=[[("conv", 128, 2), ("res", 128)], [("conv", 32), ("dense", 128)]],
-                             latent_channels=(8, 8, 32), likelihood="logistic"),
+                             latent_channels=(8, 8, 32), likelihood="logistic", mixtures=2, flow=0),
     # the flat VAE of many a first course: three convolutions, a dense layer, a latent plane
     "mnist-vae": dict(outer_config=[("conv", 32), ("conv", 32), ("conv", 64, 2), ("dense", 128)], inner_config=[],
                       latent_channels=2, inference="bottom-up", **BINARY_DIGITS),
@@ -86,24 +86,19 @@ def kl_divergence(q: Normal, p: Normal) -> Tensor:
     return 0.5 * (ratio - 1 + p.logvar - q.logvar).flatten(1).sum(1)
 
 
-def logits(x: Tensor) -> Tensor:
-    """How inference sees images in [0, 1]: on a scale that spreads what is almost black or white, from -2 to 2.
-
-    (Dinh et al. 2017, section 4.1.) On [0, 1] a captcha's background is white give or take two hundredths.
-    """
-    return 0.5 * torch.logit(1 / 64 + (1 - 1 / 32) * x.clamp(0, 1))
-
-
 class Head(nn.Module):
-    """Features (B, c_in, *size) -> the mu and logvar of a latent, (B, c_z, *size) each, in float32."""
+    """Features (B, c_in, *size) -> the mu and logvar of a latent, (B, c_z, *size) each, in float32.
 
-    def __init__(self, c_in: int, c: int, c_z: int, size: Size, logvar: float):
+    At the start mu is noise of size `scale` or so and logvar lies around the number given.
+    """
+
+    def __init__(self, c_in: int, c: int, c_z: int, size: Size, logvar: float, scale: float = 1.0):
         super().__init__()
         self.norm = nn.GroupNorm(1, c_in)  # without it a latent's KL can run away in the first steps
         self.hidden = project(c_in, c, size)
         self.out = project(c, 2 * c_z, size)
         with torch.no_grad():
-            self.out.weight *= 0.1  # starts near N(0, exp(logvar)), yet not dead
+            self.out.weight *= scale
             self.out.bias.zero_()[c_z:] += logvar
 
     def forward(self, h: Tensor) -> Normal:
@@ -123,7 +118,7 @@ class Level(nn.Module):
         self.top_down = top_down
         self.p = None if top else Head(c_h, c_h, c_z, size, logvar=0.0)
         self.flow = Flow(c_z, couplings) if couplings else None
-        self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0)
+        self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0, scale=3.0)  # z begins above its own noise
         self.from_z = project(c_z, c_out, size)
         if top_down:
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
@@ -391,9 +386,9 @@ class HVAE(nn.Module):
             self.to_image.bias.copy_(2 * mean - 1)
         else:
             bias = self.to_image.bias.view(self.mixtures, -1)
-            bias[:, 1 : 1 + c] = 2 * mean - 1
+            bias[:, 1 : 1 + c] = logits(mean if self.mixtures == 1 else quantiles(x, self.mixtures))
             bias[:, 1 + c : 1 + 2 * c] = -1.5  # a scale that spans the differences between pixels
-            bias[:, 1 + 2 * c :] = 0  # the means already hold what the other channels would tell
+            bias[:, 1 + 2 * c :] = 0
 
     # ---------------------------------------------------------------------------------------------- use
 
@@ -541,6 +536,12 @@ class HVAE(nn.Module):
         head = (f"HVAE, {len(self.levels)} levels, {self.config['inference']}, {self.likelihood}, images {c}x{h}x{w}, "
                 f"{text}, {prior}{count(self):,} parameters")
         return "\n".join([head, *lines])
+
+
+def quantiles(x: Tensor, n: int) -> Tensor:
+    """(n, C): values of each channel of images x that part its pixels into n classes of equal size, in their middles."""
+    values = x.transpose(0, 1).flatten(1).sort(dim=1).values
+    return values[:, [int((k + 0.5) / n * values.shape[1]) for k in range(n)]].T
 
 
 def checksum(config: dict, weights: dict[str, Tensor], provenance: dict) -> str:

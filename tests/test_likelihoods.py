@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from likelihoods import Bernoulli, Gaussian, Logistic
+from likelihoods import Bernoulli, Gaussian, Logistic, from_logits, logits
 
 stable = settings(deadline=None, max_examples=25, derandomize=True)
 LEVELS = torch.arange(256) / 255
@@ -34,8 +34,10 @@ def logistic_reference(parameters, x, mixtures):
                 density = 0.0
                 for k in range(mixtures):
                     p = float(block[:, 0].softmax(0)[k])
-                    mean, scale, a = block[k, 1 : 1 + c], block[k, 1 + c : 1 + 2 * c], 4 * (block[k, 1 + 2 * c :] / 4).tanh()
-                    shift = [0.0] if c == 1 else [0.0, a[0] * values[0], a[1] * values[0] + a[2] * values[1]]
+                    raw, scale, a = block[k, 1 : 1 + c], block[k, 1 + c : 1 + 2 * c], 4 * (block[k, 1 + 2 * c :] / 4).tanh()
+                    mean = [2 * (sigmoid(2 * float(m)) - 1 / 64) / (1 - 1 / 32) - 1 for m in raw]
+                    beyond = [value - m for value, m in zip(values, mean)]
+                    shift = [0.0] if c == 1 else [0.0, a[0] * beyond[0], a[1] * beyond[0] + a[2] * beyond[1]]
                     for channel in range(c):
                         s = math.exp(min(max(float(scale[channel]), -7), 7))
                         centred = values[channel] - float(mean[channel] + shift[channel])
@@ -126,14 +128,29 @@ def test_logistic_reads_values_as_8_bit():
     assert torch.equal(p.log_prob(x), p.log_prob((x + 0.001).clamp(0, 1)))
 
 
-def test_logistic_image_follows_the_channels():
-    """The mean red shifts the mean green, by its coefficient times as much; that is 4 at most."""
+def test_green_follows_what_red_turns_out_to_be():
+    """Green is expected at its own mean, and beyond it by the coefficient, 4 at most, times red's surprise."""
     parameters = torch.zeros(1, Logistic.channels(3, 1), 1, 1)
-    parameters[0, 1] = 0.1  # mean of red
+    parameters[0, 1] = logits(torch.tensor(0.6))  # mean of red; green and blue are at 0.5
     for raw, coefficient in [(0.0, 0.0), (0.5, 4 * math.tanh(0.125)), (-1000.0, -4.0)]:
         parameters[0, 7] = raw  # red -> green
-        image = Logistic(parameters, 3, 1).image[0, :, 0, 0]
-        torch.testing.assert_close(image, torch.tensor([0.55, 0.5 + 0.05 * coefficient, 0.5]))
+        p = Logistic(parameters, 3, 1)
+        torch.testing.assert_close(p.image[0, :, 0, 0], torch.tensor([0.6, 0.5, 0.5]))
+        x = torch.tensor([0.3, 0.0, 0.0]).view(1, 3, 1, 1)  # red is 0.1 more, on the scale of [-1, 1]
+        torch.testing.assert_close(p.means_given(x).flatten(), torch.tensor([0.2, 0.1 * coefficient, 0.0]))
+
+
+@given(x=st.floats(0, 1))
+def test_from_logits_is_the_inverse(x):
+    assert from_logits(logits(torch.tensor(x, dtype=torch.float64))).item() == pytest.approx(x, abs=1e-12)
+
+
+def test_logits_spread_what_is_almost_white():
+    """Two shades near white differ more than two that are as far apart near grey; extremes stay finite."""
+    near_white, grey = logits(torch.tensor([0.94, 0.96])).diff(), logits(torch.tensor([0.49, 0.51])).diff()
+    assert near_white > 3 * grey > 0
+    ends = logits(torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.1]))
+    assert ends.isfinite().all() and ends[2] == 0 and ends[0] == ends[1] == -ends[3] == -ends[4]
 
 
 # ------------------------------------------------------------------------------------------------ gaussian, bernoulli
