@@ -18,6 +18,7 @@ import random
 import re
 import shutil
 import threading
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Sequence
@@ -273,12 +274,14 @@ class CaptchaFolder(Dataset):
         image_size: (H, W) to resize to; None keeps the size, which then must be that of all images.
         text_length: of the texts; None reads no texts, and the labels are empty, (0,).
         charset: of the texts; None is the digits and the upper-case letters.
+        skip_bad: leave out the files that would raise, with a warning each; they are listed in `skipped`.
+
+    Every file is read once at the start, so that a damaged one does not end a training run later.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: naming the argument at fault; or the folder, if it has no images; or the file whose name is not
-            a text, whose size differs, or which is no readable image. (Damage behind a file's header shows only when
-            its image is asked for.)
+        ValueError: naming the argument at fault; or the folder, if it has no (good) images; or the file whose name is
+            not a text, whose size differs, or which is no readable image.
     """
 
     def __init__(
@@ -287,6 +290,7 @@ class CaptchaFolder(Dataset):
         image_size: tuple[int, int] | None = None,
         text_length: int | None = None,
         charset: str | None = None,
+        skip_bad: bool = False,
     ):
         if image_size is not None and not is_size(image_size, 1):
             raise ValueError(f"image_size: expected (height, width) or None, got {image_size!r}")
@@ -295,17 +299,32 @@ class CaptchaFolder(Dataset):
         self.text_length = text_length
         self.charset = DIGITS + UPPERCASE if charset is None else charset
         check_charset(self.charset)
-        self.paths = find_images(Path(root))
-        self.texts = [self.read_text(path) for path in self.paths]
-        sizes = [read_size(path) for path in self.paths]
-        self.image_size = sizes[0] if image_size is None else tuple(image_size)
-        if image_size is None:
-            for path, size in zip(self.paths, sizes):
-                if size != self.image_size:
-                    raise ValueError(f"{path}: is {size[0]}x{size[1]} (height x width), but {self.paths[0].name} is "
-                                     f"{sizes[0][0]}x{sizes[0][1]}; give an image_size to resize them")
+        self.resizes = image_size is not None
+        self.image_size = tuple(image_size) if self.resizes else None  # None until the first image
+        self.paths, self.texts, self.skipped = [], [], []
+        for path in tqdm(find_images(Path(root)), desc="check", unit="image", delay=2):
+            try:
+                self.add(path)
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+                self.skipped.append(path)
+        if not self.paths:
+            raise ValueError(f"{root}: none of its {len(self.skipped)} images is good")
         self.description = {"folder": Path(root).resolve().name, "count": len(self.paths),
                             "image_size": list(self.image_size)}
+
+    def add(self, path: Path) -> None:
+        text = self.read_text(path)
+        width, height = read_image(path).size
+        if self.image_size is None:
+            self.image_size = (height, width)
+        elif not self.resizes and (height, width) != self.image_size:
+            raise ValueError(f"{path}: is {height}x{width} (height x width), but {self.paths[0].name} is "
+                             f"{self.image_size[0]}x{self.image_size[1]}; give an image_size to resize them")
+        self.paths.append(path)
+        self.texts.append(text)
 
     def read_text(self, path: Path) -> str:
         if self.text_length is None:
@@ -326,11 +345,7 @@ class CaptchaFolder(Dataset):
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside 0..{len(self) - 1}")
         height, width = self.image_size
-        try:
-            with Image.open(self.paths[i]) as image:
-                image = to_rgb(image)
-        except Exception as error:  # Pillow's decoders raise errors of many kinds
-            raise ValueError(f"{self.paths[i]}: not a readable image ({error})") from error
+        image = read_image(self.paths[i])
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)  # antialiased when it shrinks
         return to_tensor(image).float() / 255, encode_text(self.texts[i], self.charset)
@@ -350,12 +365,19 @@ def find_images(root: Path) -> list[Path]:
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """(H, W) from a file's header, without decoding its pixels."""
+def read_image(path: Path) -> Image.Image:
+    """A file's (first) image as RGB.
+
+    Raises:
+        ValueError: it is not readable, or has more pixels than Pillow thinks safe (89 million).
+    """
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about oddities that do not keep Pillow from reading
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise ValueError(f"{path}: not a readable image ({error})") from error
 
 

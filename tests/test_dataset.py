@@ -414,12 +414,47 @@ def test_folder_errors_name_what_is_wrong(tmp_path):
         CaptchaFolder(tmp_path, (10, 20), 2)
 
 
-def test_a_damaged_image_is_named(tmp_path):
-    path = tmp_path / "A7.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(ValueError, match="A7.png"):
-        CaptchaFolder(tmp_path)[0]
+def hostile_folder(folder):
+    """Two good images among files that are damaged, huge, of odd kinds or no images at all."""
+    noise = np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "A7_whole.png")
+    Image.fromarray(noise).save(folder / "A7_animated.gif", save_all=True, append_images=[Image.fromarray(noise)] * 3)
+    whole = (folder / "A7_whole.png").read_bytes()
+    (folder / "A7_cut.png").write_bytes(whole[:3000])  # its header is fine
+    (folder / "A7_empty.png").write_bytes(b"")
+    (folder / "A7_text.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("not even by name")
+    flipped = bytearray(whole)
+    flipped[len(flipped) // 2] ^= 255
+    (folder / "A7_flipped.png").write_bytes(flipped)
+    Image.new("1", (12_000, 9_000)).save(folder / "A7_huge.png")
+    Image.new("F", (50, 50)).save(folder / "A7_real.tiff")
+    Image.fromarray(noise).save(folder / "misnamed.png")
+    return {"A7_whole.png", "A7_animated.gif"}
+
+
+def test_bad_files_of_a_folder_are_skipped_once_and_named(tmp_path):
+    good = hostile_folder(tmp_path)
+    with pytest.warns(UserWarning) as warned:
+        folder = CaptchaFolder(tmp_path, text_length=2, skip_bad=True)
+    assert {path.name for path in folder.paths} == good and len(folder) == 2
+    bad = ["A7_cut.png", "A7_empty.png", "A7_flipped.png", "A7_huge.png", "A7_real.tiff", "A7_text.jpg", "misnamed.png"]
+    assert [path.name for path in folder.skipped] == bad
+    messages = [str(w.message) for w in warned]
+    assert all(sum(name in message for message in messages) == 1 for name in bad)
+    assert all(image.shape == (3, 50, 50) and decode_text(label) == "A7" for image, label in folder)
+
+
+@pytest.mark.parametrize("name", ["A7_cut.png", "A7_flipped.png", "A7_huge.png", "A7_empty.png"])
+def test_a_damaged_image_is_named_before_training_starts(name, tmp_path):
+    hostile_folder(tmp_path)
+    for path in tmp_path.iterdir():
+        if path.name != name:
+            path.unlink()
+    with pytest.raises(ValueError, match=name):
+        CaptchaFolder(tmp_path)
+    with pytest.warns(UserWarning, match=name), pytest.raises(ValueError, match="none of its 1 images is good"):
+        CaptchaFolder(tmp_path, skip_bad=True)
 
 
 # ------------------------------------------------------------------------------------------------ loader
