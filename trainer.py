@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+import parallel
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
 from flow import fit
 from generate import save_figures, test_images, usual_temperature
@@ -43,7 +44,8 @@ VERSION = "1.0"  # of this code, written into every checkpoint
 LIKELIHOOD_FIRST = dict(beta_start=0.1, beta_steps=2_000, free_nats=[0.0], closed_share=0.0)
 TRAINING = {
     "captcha": {},
-    "captcha-logistic": {**LIKELIHOOD_FIRST, "batch_size": 8, "lr": 1e-3, "steps": 20_000},
+    "captcha-logistic": {**LIKELIHOOD_FIRST, "beta_start": 0.03, "beta_steps": 3_000, "free_nats": [0.0, 300.0, 60.0],
+                         "closed_levels": 1, "closed_share": 0.25, "batch_size": 8, "steps": 26_000},
     "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 8_000},
     "mnist-hvae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 30_000, "binarise": True},
 }
@@ -80,7 +82,7 @@ def train(
 
     In the folder `out`: hvae.pt (the averaged model, for HVAE.load), metrics.csv (the history), loss.png, samples.png,
     and state.pt, from which `resume=True` goes on as if there had been no interruption. SIGTERM and Ctrl-C save the
-    state before they end the run.
+    state before they end the run. Under torchrun, several processes share every batch; see parallel.py.
 
     Args:
         model: None is HVAE(), with the data's image size and text.
@@ -105,7 +107,7 @@ def train(
 
     Raises:
         ValueError: an argument is out of range, data and model do not fit, `out` holds a run and resume is False, or
-            both its states are damaged.
+            both its states are damaged, or a batch cannot be shared evenly by the processes.
         OSError: a file cannot be written.
         FloatingPointError: naming the term of the ELBO that stayed NaN or infinite for many steps.
     """
@@ -113,7 +115,8 @@ def train(
     out = Path(out)
     if has_state(out / "state.pt") and not resume:
         raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
-    device = pick_device(device)
+    device = parallel.join(device)
+    leads = parallel.rank() == 0
     bf16 = has_bf16(device) if bf16 is None else bf16
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and mean nothing here
     torch.manual_seed(seed)
@@ -122,12 +125,13 @@ def train(
     model = model_for(dataset) if model is None else model
     check_fit(model, train_set, batch_size)
     closed_levels = check_closed(model, closed_levels)
-    closed_first, closed_then = (closings(model, batch_size, closed_levels, closed_share, share).to(device)
+    closed_first, closed_then = (parallel.share(closings(model, batch_size, closed_levels, closed_share, share)).to(device)
                                  for share in (top_share, 0.0))
     free_nats = torch.tensor(check_free(model, free_nats), device=device)
     model.to(device).train()
     out.mkdir(parents=True, exist_ok=True)
 
+    forward = parallel.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
     if has_state(out / "state.pt"):
@@ -137,13 +141,17 @@ def train(
             model.set_output_level(torch.stack([train_set[i][0] for i in range(min(64, len(train_set)))]).to(device))
         run.average.load_state_dict(model.state_dict())
 
-    loader = DataLoader(train_set, batch_sampler=batches(len(train_set), batch_size, seed, run.step, steps),
+    indices = map(parallel.share, batches(len(train_set), batch_size, seed, run.step, steps))
+    loader = DataLoader(train_set, batch_sampler=indices,
                         num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(),
                         worker_init_fn=shield_worker)
     start = time.time() - run.seconds
-    bar = tqdm(loader, initial=run.step, total=steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1)
+    bar = tqdm(loader, initial=run.step, total=steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1,
+               disable=not leads)
     with Interruption() as stop:
         for x, y in bar:
+            if parallel.size() > 1:  # every process its own noise, and again the same after an interruption
+                torch.manual_seed((seed * 1_000_003 + run.step) * parallel.size() + parallel.rank())
             x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
             x = torch.bernoulli(x) if binarise else x
             y = y.to(device, non_blocking=True) if model.text_length is not None else None
@@ -153,7 +161,7 @@ def train(
             closed = closed_first if 3 * run.step < steps else closed_then
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, terms = loss_terms(model, x, y, beta, free_nats, closed)
+                loss, terms = loss_terms(forward, x, y, beta, free_nats, closed)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             run.step += 1
@@ -169,15 +177,17 @@ def train(
             if run.step % log_every == 0 or checkpoint:
                 row = run.log(batch_size, beta)
                 bar.set_postfix_str(describe(row, len(model.levels)))
-            if checkpoint:
+            if checkpoint and leads:
                 metrics = evaluate(run.average, val_set, batch_size=batch_size, binarise=binarise, bf16=bf16)
                 row.update(held_out_columns(metrics))
                 run.average.provenance = provenance(dataset, run, batch_size, binarise, metrics, device)
                 write_files(out, run, seed, keep)
                 tqdm.write(f"step {run.step}: held out -elbo {-metrics['elbo']:,.0f} nats = reconstruction "
                            f"{metrics['reconstruction']:,.0f} + kl {sum(metrics['kl']):,.0f}")
+            stop.signal = parallel.any_signal(stop.signal, device)
             if stop.signal:
-                save_state(out / "state.pt", run)
+                if leads:
+                    save_state(out / "state.pt", run)
                 stop.strike()
     return run.average, run.history
 
@@ -248,19 +258,24 @@ def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats:
     is open.
     """
     elbo = model(x, y, closed)
-    is_open = closed[:, None] <= torch.arange(len(model.levels), device=x.device)  # (B, L)
-    kl = (elbo.kl * is_open).sum(0) / is_open.sum(0)
-    weight = beta * is_open.float().mean(0)
-    loss = elbo.reconstruction.mean() + (weight * torch.maximum(kl, torch.as_tensor(free_nats).to(kl))).sum()
-    if model.levels[-1].flow is not None:  # fitted to every draw, though the KL that it is part of may be free
-        z = elbo.z_top.detach()
-        loss = loss - model.levels[-1].prior(z).log_prob(z).mean()
+    levels = getattr(model, "module", model).levels  # inside DistributedDataParallel
+    is_open = closed[:, None] <= torch.arange(len(levels), device=x.device)  # (B, L)
     whole = closed == 0
-    reconstruction = elbo.reconstruction[whole].mean()
-    terms = {"neg_elbo": (reconstruction + kl.sum()).item(), "reconstruction": reconstruction.item()}
-    if not whole.all():
-        terms["reconstruction_closed"] = elbo.reconstruction[~whole].mean().item()
-    return loss, {**terms, **{f"kl_{l + 1}": value for l, value in enumerate(kl.tolist())}}
+    sums = [is_open.sum(0), (elbo.kl * is_open).sum(0), elbo.reconstruction[whole].sum()[None], elbo.reconstruction.sum()[None]]
+    n, kl, of_whole, of_all = parallel.total(torch.cat(sums)).split([len(levels), len(levels), 1, 1])
+    images = parallel.size() * len(x)
+
+    cost = torch.where(kl <= n * free_nats, n * free_nats, parallel.size() * sums[1]) / images  # where free: no gradient
+    loss = elbo.reconstruction.mean() + beta * cost.sum()
+    if levels[-1].flow is not None:  # fitted to every draw, though the KL that it is part of may be free
+        z = elbo.z_top.detach()
+        loss = loss - levels[-1].prior(z).log_prob(z).mean()
+
+    kl, reconstruction = (kl / n).tolist(), (of_whole / n[0]).item()
+    terms = {"neg_elbo": reconstruction + sum(kl), "reconstruction": reconstruction}
+    if n[0] < images:
+        terms["reconstruction_closed"] = ((of_all - of_whole) / (images - n[0])).item()
+    return loss, {**terms, **{f"kl_{l + 1}": value for l, value in enumerate(kl)}}
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -438,6 +453,8 @@ def check_closed(model: HVAE, closed_levels: int | None) -> int:
 
 def check_fit(model: HVAE, dataset: Dataset, batch_size: int) -> None:
     """Raises ValueError if the data set is too small for a batch, or its images or texts are not the model's."""
+    if batch_size % parallel.size():
+        raise ValueError(f"batch_size: {batch_size} images cannot be shared evenly by {parallel.size()} processes")
     if len(dataset) < batch_size:
         raise ValueError(f"the training set has {len(dataset)} images, fewer than batch_size={batch_size}")
     image, label = dataset[0]
@@ -503,6 +520,7 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     data = parser.add_argument_group("data").add_argument
     data("--data", choices=("captcha", "mnist"), default="captcha", help="rendered captchas, or handwritten digits")
     data("--folder", metavar="DIR", help="train on the images in this folder instead")
+    data("--skip-bad", action="store_true", help="leave out the files of the folder that are damaged or misnamed")
     data("--root", default="data", metavar="DIR", help="where MNIST is, or is downloaded to")
     data("--size", type=int, nargs=2, metavar=("H", "W"), help="image size; the renderer's 60 160, or the folder's own")
     data("--length", type=int, help="symbols in a text; 4 when rendering, else none; 1 gives the model MNIST's digits")
@@ -568,30 +586,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.evaluate:
             model = HVAE.load(args.evaluate, pick_device(args.device))
             print_evaluation(model, test_set_for(model, args), args.importance_samples)
-            return
-        torch.manual_seed(args.seed)
-        data_set = make_dataset(args)
-        if args.fit_prior:
-            save_fitted_prior(data_set, args)
-            return
-        model = make_model(data_set, args)
-        print(model.summary())
-        model, _ = train(
-            model, data_set, steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup=args.warmup,
-            beta_start=args.beta_start, beta_steps=args.beta_steps, free_nats=args.free_nats,
-            closed_levels=args.closed_levels, closed_share=args.closed_share, top_share=args.top_share, ema=args.ema,
-            binarise=args.binarise, device=args.device, workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
-            keep=args.keep, eval_every=args.eval_every)
-        save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1] if args.folder else test_set_for(model, args))
+        elif args.fit_prior:
+            save_fitted_prior(args)
+        else:
+            train_and_draw(args)
     except (ValueError, OSError, FloatingPointError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(f"interrupted; go on with --out {args.out} --resume")
-    print(f"model, metrics and pictures in {args.out}")
+    except RuntimeError as error:
+        if parallel.size() == 1:
+            raise
+        sys.exit(f"another process of this run is gone ({str(error).splitlines()[0]}); go on with --out {args.out} --resume")
+    finally:
+        parallel.leave()
 
 
-def save_fitted_prior(data_set: Dataset, args: argparse.Namespace) -> None:
+def train_and_draw(args: argparse.Namespace) -> None:
+    """Trains, on this process or together with the others of torchrun, and draws what the model has learned."""
+    torch.manual_seed(args.seed)
+    device = parallel.join(args.device)
+    leads = parallel.rank() == 0
+    with parallel.leader_first():
+        data_set = make_dataset(args)
+    model = make_model(data_set, args)
+    if leads:
+        print(model.summary())
+    model, _ = train(
+        model, data_set, steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup=args.warmup,
+        beta_start=args.beta_start, beta_steps=args.beta_steps, free_nats=args.free_nats,
+        closed_levels=args.closed_levels, closed_share=args.closed_share, top_share=args.top_share, ema=args.ema,
+        binarise=args.binarise, device=str(device), workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
+        keep=args.keep, eval_every=args.eval_every)
+    if leads:
+        save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1] if args.folder else test_set_for(model, args))
+        print(f"model, metrics and pictures in {args.out}")
+
+
+def save_fitted_prior(args: argparse.Namespace) -> None:
     """--fit-prior: writes OUT/hvae.pt."""
+    torch.manual_seed(args.seed)
+    data_set = make_dataset(args)
     model = load_with_flow(args.fit_prior, args).to(pick_device(args.device))
     check_fit(model, data_set, 1)
     model = fit_prior(model, data_set, workers=args.workers, seed=args.seed)
@@ -608,7 +643,7 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
     size = tuple(args.size) if args.size else None
     charset = {} if args.charset is None else {"charset": args.charset}
     if args.folder:
-        return CaptchaFolder(args.folder, size, args.length, **charset)
+        return CaptchaFolder(args.folder, size, args.length, **charset, skip_bad=args.skip_bad)
     if args.data == "mnist":
         return MNIST("train", args.root, args.length)
     images = 1_000_000 if args.images is None else args.images
@@ -641,7 +676,7 @@ def load_with_flow(path: str, args: argparse.Namespace) -> HVAE:
 def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:
     """Held-out images for a model: of the folder, or of the data set, that the command line names."""
     if args.folder:
-        return CaptchaFolder(args.folder, model.input_shape[1:], model.text_length, model.charset)
+        return CaptchaFolder(args.folder, model.input_shape[1:], model.text_length, model.charset, args.skip_bad)
     return test_images(model, args.data, args.root, args.images)
 
 

@@ -40,7 +40,7 @@ def rate(images: int, work: Callable[[], None], seconds: float = 8.0) -> float:
 
 def training_step(model: HVAE, device: torch.device, batch_size: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-    data = CaptchaDataset(batch_size)
+    data = CaptchaDataset(batch_size, image_size=model.input_shape[1:])
     x = torch.stack([data[i][0] for i in range(batch_size)]).to(device, memory_format=torch.channels_last)
     y = None if model.text_length is None else torch.stack([data[i][1] for i in range(batch_size)]).to(device)
     closed = torch.zeros(batch_size, dtype=torch.long, device=device)
