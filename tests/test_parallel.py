@@ -115,31 +115,31 @@ def test_batch_must_be_shared_evenly(monkeypatch, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ends_when_one_of_its_processes_does(number, tmp_path):
     """SIGKILL: with an error within a minute. SIGTERM: with a state from which the run goes on."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "trainer.py", "--size", "16",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "trainer.py", "--size", "16",
                "32", "--images", "64", "--batch-size", "4", "--steps", "100000", "--eval-every", "100000", "--workers", "0",
-               "--out", str(tmp_path), "--config", "captcha"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
-        try:
-            wait_for_steps(run)
-            os.kill(trainers(run.pid)[-1], number)
-            output, _ = run.communicate(timeout=60)
-        finally:
-            run.kill()
-    assert run.returncode != 0
+               "--out", str(tmp_path / "run"), "--device", "cpu"]
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file,
+                               start_new_session=True)
+    try:
+        wait_until(lambda: "1/100000" in log.read_text() or "2/100000" in log.read_text(), run)
+        os.kill(trainers(run.pid)[-1], number)
+        assert run.wait(timeout=60) != 0
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
     if number == signal.SIGTERM:
-        assert read_state(tmp_path / "state.pt")["step"] > 0
+        assert read_state(tmp_path / "run" / "state.pt")["step"] > 0
     else:
-        assert "another process of this run is gone" in output
+        assert "trainer.py FAILED" in log.read_text()
 
 
-def wait_for_steps(run):
-    """Reads the progress bar until a step is done."""
-    seen = ""
-    while "step/s" not in seen.replace("?step/s", "") and "s/step" not in seen:
-        character = run.stdout.read(1)
-        assert character, seen
-        seen += character
+def wait_until(condition, run):
+    while not condition():
+        assert run.poll() is None
+        time.sleep(0.2)
 
 
 def trainers(parent):
