@@ -299,12 +299,11 @@ class CaptchaFolder(Dataset):
         self.text_length = text_length
         self.charset = DIGITS + UPPERCASE if charset is None else charset
         check_charset(self.charset)
-        self.resizes = image_size is not None
-        self.image_size = tuple(image_size) if self.resizes else None  # None until the first image
+        self.image_size = None if image_size is None else tuple(image_size)  # None until the first image
         self.paths, self.texts, self.skipped = [], [], []
         for path in tqdm(find_images(Path(root)), desc="check", unit="image", delay=2):
             try:
-                self.add(path)
+                self.add(path, resizes=image_size is not None)
             except ValueError as error:
                 if not skip_bad:
                     raise
@@ -315,12 +314,13 @@ class CaptchaFolder(Dataset):
         self.description = {"folder": Path(root).resolve().name, "count": len(self.paths),
                             "image_size": list(self.image_size)}
 
-    def add(self, path: Path) -> None:
+    def add(self, path: Path, resizes: bool) -> None:
+        """Takes a file in, or raises ValueError if there is anything wrong with it."""
         text = self.read_text(path)
         width, height = read_image(path).size
         if self.image_size is None:
             self.image_size = (height, width)
-        elif not self.resizes and (height, width) != self.image_size:
+        elif not resizes and (height, width) != self.image_size:
             raise ValueError(f"{path}: is {height}x{width} (height x width), but {self.paths[0].name} is "
                              f"{self.image_size[0]}x{self.image_size[1]}; give an image_size to resize them")
         self.paths.append(path)

@@ -169,8 +169,8 @@ class TextInput(nn.Module):
         self.which = nn.Conv2d(c, text_length + 1, 1)
         column = (torch.arange(size[1]) + 0.5) / size[1] * text_length  # in symbols from the left
         distance = column - (torch.arange(text_length)[:, None] + 0.5)
-        logits = torch.cat([-distance.square(), torch.full((1, size[1]), -2.0)])
-        self.bias = nn.Parameter(logits[:, None].repeat(1, size[0], 1))  # (T+1, H, W)
+        bias = torch.cat([-distance.square(), torch.full((1, size[1]), -2.0)])
+        self.bias = nn.Parameter(bias[:, None].repeat(1, size[0], 1))  # (T+1, H, W)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         symbols = self.embedding(y)  # (B, T, c)

@@ -30,10 +30,11 @@ def join(device: str | None) -> torch.device:
     Raises:
         ValueError: there is no such device here.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device in (None, "cuda") and torch.cuda.is_available():
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     picked = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if several and not dist.is_initialized():
         if picked.type == "cuda":
             torch.cuda.set_device(picked)
         dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
@@ -55,8 +56,8 @@ def leader_first() -> Iterator[None]:
         dist.barrier()
 
 
-def share(batch: list[int]) -> list[int]:
-    """This process's part of a batch, given by indices."""
+def share(batch: list[int] | Tensor) -> list[int] | Tensor:
+    """This process's part of a batch, which is a list of indices or a tensor with a row for each image."""
     return batch[rank() :: size()]
 
 

@@ -213,7 +213,7 @@ def read_csv(path: str | Path) -> list[dict]:
 
 
 class Interruption:
-    """Within `with Interruption() as stop:` the first SIGINT or SIGTERM only sets stop.signal; a second one strikes.
+    """Within `with Interruption() as stop:` the first SIGINT or SIGTERM only sets stop.signal; a second one kills.
 
     Thus a step is finished and its state saved before the process ends. Signals reach the main thread alone; in any
     other the block changes nothing.
@@ -239,11 +239,12 @@ class Interruption:
         self.__exit__()
         self.handlers = {}
 
-    def strike(self) -> None:
-        """Ends the process as the signal would have: KeyboardInterrupt, or exit status 143 for SIGTERM."""
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + self.signal)
+
+def strike(number: int) -> None:
+    """Ends the process as the signal would have: KeyboardInterrupt, or exit status 143 for SIGTERM."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
 def shield_worker(_: int) -> None:

@@ -35,7 +35,7 @@ from dataset import MNIST, CaptchaDataset, CaptchaFolder
 from flow import fit
 from generate import save_figures, test_images, usual_temperature
 from model import CONFIGS, HVAE, Normal, has_bf16, lower_half, per_level, pick_device
-from runs import Interruption, Run, has_state, load_state, read_csv, replace, save_state, shield_worker, write_csv
+from runs import Interruption, Run, has_state, load_state, read_csv, replace, save_state, shield_worker, strike, write_csv
 
 VERSION = "1.0"  # of this code, written into every checkpoint
 
@@ -184,11 +184,12 @@ def train(
                 write_files(out, run, seed, keep)
                 tqdm.write(f"step {run.step}: held out -elbo {-metrics['elbo']:,.0f} nats = reconstruction "
                            f"{metrics['reconstruction']:,.0f} + kl {sum(metrics['kl']):,.0f}")
-            stop.signal = parallel.any_signal(stop.signal, device)
-            if stop.signal:
-                if leads:
-                    save_state(out / "state.pt", run)
-                stop.strike()
+            number = parallel.any_signal(stop.signal, device)  # one that arrives meanwhile is for the next step
+            if number:
+                with parallel.leader_first():  # torchrun ends the rest as soon as one is gone
+                    if leads:
+                        save_state(out / "state.pt", run)
+                strike(number)
     return run.average, run.history
 
 
@@ -605,7 +606,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train_and_draw(args: argparse.Namespace) -> None:
     """Trains, on this process or together with the others of torchrun, and draws what the model has learned."""
     torch.manual_seed(args.seed)
-    device = parallel.join(args.device)
+    parallel.join(args.device)
     leads = parallel.rank() == 0
     with parallel.leader_first():
         data_set = make_dataset(args)
@@ -616,7 +617,7 @@ def train_and_draw(args: argparse.Namespace) -> None:
         model, data_set, steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup=args.warmup,
         beta_start=args.beta_start, beta_steps=args.beta_steps, free_nats=args.free_nats,
         closed_levels=args.closed_levels, closed_share=args.closed_share, top_share=args.top_share, ema=args.ema,
-        binarise=args.binarise, device=str(device), workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
+        binarise=args.binarise, device=args.device, workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
         keep=args.keep, eval_every=args.eval_every)
     if leads:
         save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1] if args.folder else test_set_for(model, args))

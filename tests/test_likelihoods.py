@@ -140,6 +140,7 @@ def test_green_follows_what_red_turns_out_to_be():
         torch.testing.assert_close(p.means_given(x).flatten(), torch.tensor([0.2, 0.1 * coefficient, 0.0]))
 
 
+@stable
 @given(x=st.floats(0, 1))
 def test_from_logits_is_the_inverse(x):
     assert from_logits(logits(torch.tensor(x, dtype=torch.float64))).item() == pytest.approx(x, abs=1e-12)

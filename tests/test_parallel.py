@@ -74,11 +74,11 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, monkeypatch):
             torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
-def short_run():
-    """Ten steps; (folder's files, weights, the rows of the history)."""
+def short_run(steps=10):
+    """Trains, or goes on, to that step; (weights, the rows of the history)."""
     x, y = images()
     data = TensorDataset(x.repeat(5, 1, 1, 1), y.repeat(5, 1))
-    model, history = train(three_levels(), data, steps=10, batch_size=4, workers=0, device="cpu", eval_every=5, log_every=5,
+    model, history = train(three_levels(), data, steps=steps, batch_size=4, workers=0, device="cpu", eval_every=5, log_every=5,
                            out=os.environ["OUT"], resume=True)
     return model.state_dict(), history
 
@@ -90,10 +90,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["hvae.pt", "loss.png", "metrics.csv", "samples.png",
                                                                     "state.previous.pt", "state.pt"]
     assert [row["images"] for row in two[0][1]] == [20, 40]
-    x, y = images()
-    model, history = train(three_levels(), TensorDataset(x.repeat(5, 1, 1, 1), y.repeat(5, 1)), steps=15, batch_size=4,
-                           workers=0, device="cpu", eval_every=5, log_every=5, out=tmp_path / "run", resume=True)
-    assert [row["images"] for row in history] == [20, 40, 60]
+    assert [row["images"] for row in short_run(15)[1]] == [20, 40, 60]
 
 
 def test_no_image_is_seen_twice(monkeypatch):
@@ -137,8 +134,9 @@ def test_a_run_ends_when_one_of_its_processes_does(number, tmp_path):
 
 
 def wait_until(condition, run):
+    deadline = time.monotonic() + 240
     while not condition():
-        assert run.poll() is None
+        assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+import parallel
 import trainer
 from model import HVAE
 from runs import Interruption, read_csv, read_state, replace
@@ -77,6 +78,20 @@ def test_signal_saves_the_state_first(number, status, group, tmp_path):
     stopped = read_state(tmp_path / "state.pt")["step"]
     stop_at(tmp_path / "again", stopped, steps=100_000, eval_every=stopped, log_every=3)
     assert same(read_state(tmp_path / "state.pt")["model"], read_state(tmp_path / "again" / "state.pt")["model"])
+
+
+def test_signal_that_comes_while_the_processes_agree_is_not_lost(tmp_path, monkeypatch):
+    def agree(number, device):
+        if not arrived:
+            arrived.append(os.kill(os.getpid(), signal.SIGTERM))
+        return number  # as it was before the signal came
+
+    arrived = []
+    monkeypatch.setattr(parallel, "any_signal", agree)
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, steps=10)
+    assert stop.value.code == 143
+    assert read_state(tmp_path / "state.pt")["step"] == 2
 
 
 def test_second_signal_strikes_at_once():

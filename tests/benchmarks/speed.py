@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import CaptchaDataset  # noqa: E402
-from model import HVAE, pick_device  # noqa: E402
-from trainer import has_bf16, loss_terms  # noqa: E402
+from model import HVAE, has_bf16, pick_device  # noqa: E402
+from trainer import loss_terms  # noqa: E402
 
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "L4": 121}  # bfloat16 TFLOP/s without sparsity, from the data sheets
 ORIGINAL_OUTER = [("conv-bn", 32), ("pool", 2), ("conv-bn", 64), ("pool", 2), ("conv-bn", 64)]
