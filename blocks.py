@@ -19,6 +19,7 @@ Size = tuple[int, ...]  # (H, W) of a feature map, () for a vector
 
 MIRROR = {"conv": "convt", "convt": "conv", "pool": "upsample", "upsample": "pool", "res": "res",
           "skip-up": "skip-down", "skip-down": "skip-up", "dense": "undense", "undense": "dense"}
+MOST_PIXELS = 2**24  # of an image or a map: more than 4096 x 4096 is a slip, or somebody's joke
 OUTER_TUPLES = ("conv", "conv-bn", "pool", "res", "dense")
 INNER_TUPLES = OUTER_TUPLES + ("convt", "convt-bn", "upsample", "skip-up", "skip-down")
 
@@ -99,6 +100,8 @@ def plan(config: Sequence[tuple], channels: int, size: Size, name: str) -> list[
                 raise ValueError(f"{where}: its map is {size[0]}x{size[1]}, but 'skip-up' {arg} remembered "
                                  f"{up.size_in[0]}x{up.size_in[1]}")
             layer = layer._replace(arg=arg, c_skip=up.c_in)
+        if math.prod(layer.size_out) > MOST_PIXELS:
+            raise ValueError(f"{where}: its map would have more than {MOST_PIXELS:,} pixels")
         layers.append(layer)
         channels, size = layer.c_out, layer.size_out
 

@@ -227,6 +227,9 @@ class Cache:
         self.shape, self.path = (3, *image_size), path
         row = 3 * image_size[0] * image_size[1] + 1
         if path is None:
+            shared = Path("/dev/shm")  # where Linux keeps it
+            if shared.is_dir() and size * row > shutil.disk_usage(shared).free:
+                raise OSError(f"cache: shared memory lacks the space for {size * row / 1e9:.1f} GB")
             self.rows = torch.zeros(size, row, dtype=torch.uint8).share_memory_()
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -450,13 +453,13 @@ def open_mnist(root: str | Path, train: bool) -> datasets.MNIST:
     """torchvision's MNIST from a folder, or from the network."""
     try:
         return datasets.MNIST(root, train, download=False)
-    except RuntimeError:  # not there yet
+    except Exception:  # not there yet, or damaged in one of many ways
         pass
     try:
         return datasets.MNIST(root, train, download=True)
     except Exception as error:  # of many kinds: no network, no right to write, a damaged file
-        raise OSError(f"MNIST is not in {root}/MNIST/raw and could not be downloaded ({type(error).__name__}). "
-                      f"Name the folder that holds MNIST/raw, or connect to a network.") from None
+        raise OSError(f"MNIST is not in {root}/MNIST/raw, or damaged, and could not be downloaded ({type(error).__name__}). "
+                      f"Name the folder that holds MNIST/raw, or remove what is in it and connect to a network.") from None
 
 
 # ------------------------------------------------------------------------------------------------ checks, loader

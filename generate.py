@@ -19,11 +19,12 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text
-from model import HVAE, Normal, lower_half, per_level, pick_device
+from model import HVAE, Normal, lower_half, out_of_memory, per_level, pick_device
 
 CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
                "mnist": Path(__file__).resolve().parent / "checkpoints" / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
+SHEET = 4096  # most images on one sheet, which is in memory as a whole
 Temperature = float | Sequence[float] | None  # for every level, or one each from z_1 up; None is `usual_temperature`
 TEXTURE, GLYPHS, TOP = 0.9, 0.3, 0.8  # usual temperatures of the lower half of the levels, the middle ones and z_L
 
@@ -60,10 +61,12 @@ def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature:
     """n samples side by side: one image (3, H', W') in [0, 1]; by default about 640 pixels wide.
 
     Raises:
-        ValueError: n < 1, a bad temperature, or a text the model cannot draw.
+        ValueError: n < 1 or above SHEET, a bad temperature, or a text the model cannot draw.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
+    if n > SHEET:
+        raise ValueError(f"a sheet holds at most {SHEET} images, got {n}; --individual (save_individual) writes any number")
     images = torch.cat([images for images, _ in sample_batches(model, n, text, temperature, seed)])
     return make_grid(images, nrow=columns or columns_for(model), padding=2, pad_value=1)
 
@@ -78,7 +81,8 @@ def save_individual(model: HVAE, folder: str | Path, n: int, text: str | None = 
     """Writes n samples as TEXT_INDEX.png, which dataset.CaptchaFolder reads back; INDEX.png if without text.
 
     Raises:
-        ValueError: as sample_sheet, or the charset has symbols that a file's name cannot hold.
+        ValueError: n < 1, a bad temperature, a text the model cannot draw, or a charset with symbols that a file's
+            name cannot hold.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
@@ -346,13 +350,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{args.n} samples on {args.out}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        parser.error("not enough memory")
 
 
 def test_images(model: HVAE, data: str = "captcha", root: str | Path = "data", most: int | None = None) -> Dataset:
-    """Held-out images for a model: 512 captchas of the kind it draws, or MNIST's test set; or the first `most`."""
+    """Held-out images for a model: 512 captchas of the kind it draws, or MNIST's test set; or so many of them.
+
+    Of MNIST evenly spaced ones: the first half of its test set is easier than the second.
+    """
     if data == "mnist":
         test_set = MNIST("test", root, model.text_length)
-        return test_set if most is None else torch.utils.data.Subset(test_set, range(min(most, len(test_set))))
+        n = len(test_set) if most is None else min(most, len(test_set))
+        return torch.utils.data.Subset(test_set, [i * len(test_set) // n for i in range(n)])
     size = 512 if most is None else most
     return CaptchaDataset(size, "test", model.input_shape[1:], model.text_length or 4, model.charset)
 

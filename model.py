@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import Block, Layer, Size, build, mirror, pixels, plan, project
+from blocks import MOST_PIXELS, Block, Layer, Size, build, mirror, pixels, plan, project
 from flow import Flow, Flowed
 from likelihoods import Bernoulli, Gaussian, Logistic, logits
 
@@ -46,7 +46,7 @@ CONFIGS = {
                       latent_channels=2, inference="bottom-up", **BINARY_DIGITS),
     "mnist-hvae": dict(outer_config=[("conv", 32, 2), ("res", 32)],
                        inner_config=[[("conv", 64, 2), ("res", 64)], [("res", 64)], [("res", 64)], [("dense", 128)]],
-                       latent_channels=(2, 4, 4, 4, 32), **BINARY_DIGITS),
+                       latent_channels=(2, 4, 4, 4, 32), flow=6, **BINARY_DIGITS),
 }
 
 
@@ -280,18 +280,19 @@ class HVAE(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- ELBO
 
-    def forward(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None) -> ELBO:
-        """The ELBO's terms of images x (B, C, H, W) in [0, 1] with texts y (B, T), one draw of z per image.
+    def forward(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None, draws: int = 1) -> ELBO:
+        """The ELBO's terms of images x (B, C, H, W) in [0, 1] with texts y (B, T), per draw of z: (B * draws, ...).
 
-        `closed` (B,) is for training: how many of an image's lowest levels do not see x but take their prior's mean.
+        The draws of an image are next to each other, and it is read only once for all of them. `closed` (B,) is for
+        training: how many of an image's lowest levels do not see x but take their prior's mean.
         """
-        p_x, draws = self.infer(x, y, closed)
+        p_x, levels = self.infer(x, y, closed, draws)
         with torch.autocast(x.device.type, enabled=False):
-            log_p_x = p_x.log_prob(x.float())
-            log_p = [p.log_prob(z) for _, p, z in draws]
-            kl = torch.stack([self.kl(l, q, p, log_p[l]) for l, (q, p, _) in enumerate(draws)], dim=1)
-            log_weight = log_p_x + sum(log_p) - sum(q.log_prob(z) for q, _, z in draws)
-        return ELBO(-log_p_x, kl, log_p_x - kl.sum(1), log_weight, draws[-1][2])
+            log_p_x = p_x.log_prob(repeat(x.float(), draws))
+            log_p = [p.log_prob(z) for _, p, z in levels]
+            kl = torch.stack([self.kl(l, q, p, log_p[l]) for l, (q, p, _) in enumerate(levels)], dim=1)
+            log_weight = log_p_x + sum(log_p) - sum(q.log_prob(z) for q, _, z in levels)
+        return ELBO(-log_p_x, kl, log_p_x - kl.sum(1), log_weight, levels[-1][2])
 
     def kl(self, l: int, q: Normal, p: Normal | Flowed, log_p: Tensor) -> Tensor:
         """The KL term of levels[l], (B,) nats; log_p (B,) is log p at the z_l drawn.
@@ -304,18 +305,20 @@ class HVAE(nn.Module):
             return kl_divergence(q, p)
         return -q.entropy() - log_p
 
-    def infer(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None,
+    def infer(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None, draws: int = 1,
               generator: torch.Generator | None = None):
         """q(z|x): returns p(x|z_1) and, per level from z_1 up, the triple (q, p, z) with z drawn from q."""
         self.check_images(x)
-        draws: list = [None] * len(self.levels)
+        y = None if y is None else repeat(y, draws)
+        levels: list = [None] * len(self.levels)
         if not self.top_down:
-            zs, qs = self.climb(x, generator)
-            p_x = self.generate(len(x), y, lambda l, p, h: self.record(draws, l, qs[l], p, zs[l]))
-            return p_x, draws
-        d = []  # the deterministic inference features d_1 ... d_L
+            zs, qs = self.climb(x, draws, generator)
+            p_x = self.generate(len(zs[0]), y, lambda l, p, h: self.record(levels, l, qs[l], p, zs[l]))
+            return p_x, levels
+        d, h = [], logits(x)  # the deterministic inference features d_1 ... d_L
         for block in self.inference:
-            d.append(block(d[-1] if d else logits(x)))
+            h = block(h)
+            d.append(repeat(h, draws))
 
         def draw(l: int, p: Normal | Flowed, h: Tensor) -> Tensor:
             q = self.levels[l].posterior(d[l], h, p)
@@ -324,25 +327,24 @@ class HVAE(nn.Module):
                 shut = (closed > l).view(-1, *[1] * (z.dim() - 1))
                 q = Normal(torch.where(shut, p.mu, q.mu), torch.where(shut, p.logvar, q.logvar))
                 z = torch.where(shut, p.mu, z)
-            return self.record(draws, l, q, p, z)
+            return self.record(levels, l, q, p, z)
 
-        return self.generate(len(x), y, draw), draws
+        return self.generate(len(d[-1]), y, draw), levels
 
-    def climb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[list[Tensor], list[Normal]]:
+    def climb(self, x: Tensor, draws: int = 1,
+              generator: torch.Generator | None = None) -> tuple[list[Tensor], list[Normal]]:
         """The bottom-up chain: z_1 ~ q(z_1|x), then z_{l+1} ~ q(z_{l+1}|z_l)."""
-        zs, qs, h = [], [], logits(x)
-        for l, (block, level) in enumerate(zip(self.inference, self.levels)):
-            q = level.q(block(h))
-            z = q.sample(generator=generator)
-            zs.append(z)
-            qs.append(q)
+        zs, qs, h = [], [], repeat(self.inference[0](logits(x)), draws)
+        for l, level in enumerate(self.levels):
+            qs.append(level.q(h))
+            zs.append(qs[-1].sample(generator=generator))
             if l < len(self.stems):
-                h = self.stems[l](z)
+                h = self.inference[l + 1](self.stems[l](zs[-1]))
         return zs, qs
 
     @staticmethod
-    def record(draws: list, l: int, q: Normal, p: Normal, z: Tensor) -> Tensor:
-        draws[l] = (q, p, z)
+    def record(levels: list, l: int, q: Normal, p: Normal, z: Tensor) -> Tensor:
+        levels[l] = (q, p, z)
         return z
 
     def generate(self, n: int, y: Tensor | None, choose: Callable[[int, Normal, Tensor], Tensor]):
@@ -378,6 +380,9 @@ class HVAE(nn.Module):
     @torch.no_grad()
     def set_output_level(self, x: Tensor) -> None:
         """Starts p(x|z_1) at the mean of images x (B, C, H, W) instead of at grey: training begins sooner."""
+        x = x[x.isfinite().flatten(1).all(1)]  # a broken image is for training to skip
+        if len(x) == 0:
+            return
         mean = x.mean((0, 2, 3)).clamp(0.01, 0.99)
         c = len(mean)
         if self.likelihood == "bernoulli":
@@ -502,21 +507,43 @@ class HVAE(nn.Module):
         missing = {"config", "weights", "checksum"} - set(content)
         if missing:
             raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}")
-        provenance = content.get("provenance", {})
+        provenance, weights = content.get("provenance", {}), content["weights"]
         try:
-            damaged = content.get("checksum") != checksum(content["config"], content["weights"], provenance)
+            damaged = content["checksum"] != checksum(content["config"], weights, provenance)
+            broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
         except (AttributeError, TypeError, RuntimeError):
             damaged = True
-        if damaged:
+        if damaged or not isinstance(provenance, dict):
             raise ValueError(f"{path}: damaged, its checksum is wrong")
+        if broken:
+            raise ValueError(f"{path}: not all numbers in {broken[0]} are finite")
         try:
-            model = cls(**{"flow": 0, **content["config"]})  # files from before there were flows say nothing of them
-            model.load_state_dict(content["weights"])
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            model = cls.build({"flow": 0, **content["config"]}, weights)  # files from before there were flows lack it
+        except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: its config and weights do not fit this version: {reason[:160]}") from None
         model.provenance = provenance
         return model.to(pick_device(device or "cpu")).eval()
+
+    @classmethod
+    def build(cls, config: dict, weights: dict[str, Tensor]) -> "HVAE":
+        """A model with these weights. Takes memory for no more than those: shapes are compared before it is built.
+
+        Raises:
+            ValueError: config and weights do not fit each other.
+        """
+        if isinstance(config["flow"], int) and config["flow"] > len(weights):
+            raise ValueError(f"flow={config['flow']} is more than its weights are for")
+        with torch.device("meta"):
+            shapes = {name: weight.shape for name, weight in cls(**config).state_dict().items()}
+        for name in sorted(shapes.keys() | weights.keys()):
+            if name not in weights or name not in shapes or weights[name].shape != shapes[name]:
+                theirs, ours = ("none" if name not in part else tuple(part[name].shape if part is weights else part[name])
+                                for part in (weights, shapes))
+                raise ValueError(f"{name} is {theirs} in the file, {ours} in the model")
+        model = cls(**config)
+        model.load_state_dict(weights)
+        return model
 
     def summary(self) -> str:
         """The levels, their sizes and parameter counts, top first, and the outer block in both directions."""
@@ -536,6 +563,11 @@ class HVAE(nn.Module):
         head = (f"HVAE, {len(self.levels)} levels, {self.config['inference']}, {self.likelihood}, images {c}x{h}x{w}, "
                 f"{text}, {prior}{count(self):,} parameters")
         return "\n".join([head, *lines])
+
+
+def repeat(x: Tensor, draws: int) -> Tensor:
+    """(B, ...) -> (B * draws, ...): each row that many times, one after the other."""
+    return x if draws == 1 else x.repeat_interleave(draws, 0)  # which copies, and forgets channels_last
 
 
 def quantiles(x: Tensor, n: int) -> Tensor:
@@ -561,9 +593,17 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(name)!r} is not available: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers")
+    return device
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error says; torch has a type for it on GPUs alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -626,6 +666,8 @@ def check_arguments(outer_config, inner_config, input_size, input_channels, late
     positive = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
     if not (isinstance(input_size, (tuple, list)) and len(input_size) == 2 and all(map(positive, input_size))):
         raise ValueError(f"input_size: expected (height, width), got {input_size!r}")
+    if math.prod(input_size) > MOST_PIXELS:
+        raise ValueError(f"input_size: {input_size[0]}x{input_size[1]} has more than {MOST_PIXELS:,} pixels")
     if not isinstance(inner_config, (list, tuple)):
         raise ValueError(f"inner_config: expected a list of lists of tuples, got {inner_config!r}")
     for name, n in [("input_channels", input_channels), ("mixtures", mixtures)]:
@@ -635,7 +677,7 @@ def check_arguments(outer_config, inner_config, input_size, input_channels, late
         raise ValueError(f"inference: expected 'top-down' or 'bottom-up', got {inference!r}")
     if likelihood not in ("gaussian", "bernoulli", "logistic"):
         raise ValueError(f"likelihood: expected 'gaussian', 'bernoulli' or 'logistic', got {likelihood!r}")
-    if sigma is not None and not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
+    if sigma is not None and not (isinstance(sigma, (int, float)) and 0 < sigma < 1e30):
         raise ValueError(f"sigma: expected a positive number or None, got {sigma!r}")
     if text_length is not None and not positive(text_length):
         raise ValueError(f"text_length: expected a positive whole number or None, got {text_length!r}")

@@ -6,6 +6,7 @@ writes files. Without torchrun there is one process, and nothing here does anyth
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Iterator
 
 import torch
@@ -37,7 +38,8 @@ def join(device: str | None) -> torch.device:
     if several and not dist.is_initialized():
         if picked.type == "cuda":
             torch.cuda.set_device(picked)
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        # torchrun ends them all when one is gone; one that merely waits for the leader must have the patience
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return picked
 
 
@@ -73,6 +75,15 @@ def total(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def agree(number: int, device: torch.device) -> bool:
+    """Whether all processes have the same number."""
+    if size() == 1:
+        return True
+    extremes = torch.tensor([number, -number], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return bool(extremes.sum() == 0)
 
 
 def any_signal(number: int | None, device: torch.device) -> int | None:

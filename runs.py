@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model import HVAE
 
-MAGIC = b"hvae-state-1"  # the first word of state.pt; then the checksum, a line's end, and what torch.save wrote
+MAGIC = b"hvae-state-2"  # the first word of state.pt; then the checksum, a line's end, and what torch.save wrote
 PATIENCE = 20  # steps in a row whose loss or gradient is not finite, before a run gives up
 
 
@@ -43,6 +43,7 @@ class Clipper:
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if not finite or (self.seen > 300 and self.last > 20 * self.mean):
             self.skipped += 1
+            self.mean *= 1.02 if finite else 1.0  # if norms stay that high, they will be taken
             return False
         self.mean = 0.98 * self.mean + 0.02 * min(self.last, 2 * self.mean) if self.seen else self.last
         self.seen += 1
@@ -90,7 +91,7 @@ class Run:
 
 
 def save_state(path: Path, run: Run) -> None:
-    """Writes everything that resuming needs; the file that was there becomes the previous one.
+    """Writes everything that resuming needs; the file that was there becomes the previous one, if it is whole.
 
     Raises:
         OSError: the disk is full, say. The old file is still there.
@@ -98,11 +99,16 @@ def save_state(path: Path, run: Run) -> None:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     buffer = io.BytesIO()
     torch.save({"config": run.model.config, "model": run.model.state_dict(), "average": run.average.state_dict(),
-                "provenance": run.average.provenance, "optimizer": run.optimizer.state_dict(),
+                "provenance": run.average.provenance, "began_with": run.model.provenance,
+                "optimizer": run.optimizer.state_dict(),
                 "clip": dict(run.clip.__dict__), "step": run.step, "seconds": run.seconds, "history": run.history,
                 "terms": run.terms, "rng": torch.get_rng_state(), "rng_cuda": cuda}, buffer)
     content = buffer.getbuffer()
     checksum = hashlib.sha256(content).hexdigest().encode()
+    try:
+        whole = bool(read_content(path))
+    except (OSError, ValueError):
+        whole = False
 
     def write(new: Path) -> None:
         with open(new, "wb") as file:
@@ -110,7 +116,7 @@ def save_state(path: Path, run: Run) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if whole:  # a damaged one must not take the place of the last good one
             os.replace(path, previous(path))
 
     replace(path, write)
@@ -124,10 +130,10 @@ def load_state(path: Path, run: Run) -> None:
     """
     try:
         state = read_state(path)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         try:
             state = read_state(previous(path))
-        except (ValueError, FileNotFoundError):
+        except (ValueError, OSError):
             raise error from None
         warnings.warn(f"{error}; going on from {previous(path).name}, step {state['step']}", stacklevel=2)
     config = run.model.config
@@ -137,20 +143,25 @@ def load_state(path: Path, run: Run) -> None:
     run.model.load_state_dict(state["model"])
     run.average.load_state_dict(state["average"])
     run.average.provenance = state["provenance"]
-    run.model.provenance = state["provenance"].get("began_with", {})
+    run.model.provenance = state["began_with"]
     run.optimizer.load_state_dict(state["optimizer"])
     run.clip.__dict__.update(state["clip"])
     run.step, run.seconds, run.history, run.terms = (state[key] for key in ("step", "seconds", "history", "terms"))
     torch.set_rng_state(state["rng"])
     if torch.cuda.is_available() and state["rng_cuda"]:
-        torch.cuda.set_rng_state_all(state["rng_cuda"])
+        torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])
 
 
 def read_state(path: Path) -> dict:
-    """The content of a state file.
+    """What a state file holds. Raises as read_content."""
+    return torch.load(io.BytesIO(read_content(path)), map_location="cpu", weights_only=True)
+
+
+def read_content(path: Path) -> bytes:
+    """A state file without its first line.
 
     Raises:
-        FileNotFoundError: there is none.
+        OSError: it cannot be read; FileNotFoundError, there is none.
         ValueError: it is damaged, or something else.
     """
     first, _, content = path.read_bytes().partition(b"\n")
@@ -159,7 +170,7 @@ def read_state(path: Path) -> dict:
         raise ValueError(f"{path}: not a training state of this version")
     if hashlib.sha256(content).hexdigest().encode() != checksum:
         raise ValueError(f"{path}: damaged, its checksum is wrong")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return content
 
 
 def has_state(path: Path) -> bool:

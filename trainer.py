@@ -19,6 +19,7 @@ import copy
 import math
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -34,7 +35,7 @@ import parallel
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
 from flow import fit
 from generate import save_figures, test_images, usual_temperature
-from model import CONFIGS, HVAE, Normal, has_bf16, lower_half, per_level, pick_device
+from model import CONFIGS, ELBO, HVAE, Normal, has_bf16, lower_half, out_of_memory, per_level, pick_device
 from runs import Interruption, Run, has_state, load_state, read_csv, replace, save_state, shield_worker, strike, write_csv
 
 VERSION = "1.0"  # of this code, written into every checkpoint
@@ -46,8 +47,9 @@ TRAINING = {
     "captcha": {},
     "captcha-logistic": {**LIKELIHOOD_FIRST, "beta_start": 0.03, "beta_steps": 3_000, "free_nats": [0.0, 300.0, 60.0],
                          "closed_levels": 1, "closed_share": 0.25, "batch_size": 8, "steps": 26_000},
-    "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 8_000},
-    "mnist-hvae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 30_000, "binarise": True},
+    "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 5_000},
+    "mnist-hvae": {**LIKELIHOOD_FIRST, "free_nats": [0.0, 4.0, 4.0, 4.0, 4.0], "batch_size": 50, "steps": 33_000,
+                   "binarise": True},
 }
 
 
@@ -111,7 +113,7 @@ def train(
         OSError: a file cannot be written.
         FloatingPointError: naming the term of the ELBO that stayed NaN or infinite for many steps.
     """
-    check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every)
+    check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every, seed)
     out = Path(out)
     if has_state(out / "state.pt") and not resume:
         raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
@@ -130,9 +132,11 @@ def train(
     free_nats = torch.tensor(check_free(model, free_nats), device=device)
     model.to(device).train()
     out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):  # if the folder cannot be written to, now is the time to know
+        pass
 
     forward = parallel.wrap(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
     if has_state(out / "state.pt"):
         load_state(out / "state.pt", run)
@@ -140,6 +144,8 @@ def train(
         if not model.provenance:  # fresh weights
             model.set_output_level(torch.stack([train_set[i][0] for i in range(min(64, len(train_set)))]).to(device))
         run.average.load_state_dict(model.state_dict())
+    if not parallel.agree(run.step, device):
+        raise ValueError(f"{out}: the processes find different states in it; do all of them share that folder?")
 
     indices = map(parallel.share, batches(len(train_set), batch_size, seed, run.step, steps))
     loader = DataLoader(train_set, batch_sampler=indices,
@@ -153,7 +159,7 @@ def train(
             if parallel.size() > 1:  # every process its own noise, and again the same after an interruption
                 torch.manual_seed((seed * 1_000_003 + run.step) * parallel.size() + parallel.rank())
             x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
-            x = torch.bernoulli(x) if binarise else x
+            x = binarised(x) if binarise else x
             y = y.to(device, non_blocking=True) if model.text_length is not None else None
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate(run.step, steps, warmup)
@@ -182,15 +188,22 @@ def train(
                 row.update(held_out_columns(metrics))
                 run.average.provenance = provenance(dataset, run, batch_size, binarise, metrics, device)
                 write_files(out, run, seed, keep)
-                tqdm.write(f"step {run.step}: held out -elbo {-metrics['elbo']:,.0f} nats = reconstruction "
-                           f"{metrics['reconstruction']:,.0f} + kl {sum(metrics['kl']):,.0f}")
+                tqdm.write(f"step {run.step}: held out -elbo {-metrics['elbo']:,.1f} nats = reconstruction "
+                           f"{metrics['reconstruction']:,.1f} + kl {sum(metrics['kl']):,.1f}")
             number = parallel.any_signal(stop.signal, device)  # one that arrives meanwhile is for the next step
             if number:
                 with parallel.leader_first():  # torchrun ends the rest as soon as one is gone
                     if leads:
                         save_state(out / "state.pt", run)
                 strike(number)
+    if stop.signal:  # in the last step
+        strike(stop.signal)
     return run.average, run.history
+
+
+def binarised(x: Tensor) -> Tensor:
+    """Every pixel drawn as 0 or 1 with its value as the probability; NaN stays, so that its step is skipped."""
+    return torch.where(x.isfinite(), torch.bernoulli(x.nan_to_num(0, 0, 0).clamp(0, 1)), x)
 
 
 def closings(model: HVAE, batch_size: int, closed_levels: int, closed_share: float, top_share: float) -> Tensor:
@@ -239,6 +252,8 @@ def encode_top(model: HVAE, loader: DataLoader) -> tuple[Tensor, Tensor]:
         y = y.to(device) if model.text_length is not None else None
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             posteriors.append(model.infer(x.to(device), y)[1][-1][0])
+            if not all(part.isfinite().all() for part in posteriors[-1]):
+                raise FloatingPointError(f"an image among the first {100 * len(posteriors)} is encoded to NaN")
     return torch.cat([q.mu for q in posteriors]), torch.cat([q.logvar for q in posteriors])
 
 
@@ -320,17 +335,20 @@ def evaluate(model: HVAE, dataset: Dataset, importance_samples: int = 1, *, batc
     device = model.to_image.weight.device
     was_training = model.training
     model.eval()
+    draws = min(importance_samples, batch_size)  # of each image, at a time
     sums = None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for x, y in DataLoader(dataset, batch_size):
+        for x, y in tqdm(DataLoader(dataset, max(1, batch_size // draws)), desc="evaluate", delay=20, leave=False):
             x, y = x.to(device), y.to(device) if model.text_length is not None else None
-            x = torch.bernoulli(x) if binarise else x
+            x = binarised(x) if binarise else x
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                draws = [model(x, y) for _ in range(importance_samples)]
-            bounds = importance_bounds(torch.stack([draw.log_weight for draw in draws]).double())
-            rows = [torch.cat([d.elbo[:, None], d.reconstruction[:, None], d.kl], 1).double() for d in draws]
-            columns = torch.cat([torch.stack(rows).mean(0), *bounds.values()], 1).sum(0)  # (2 + L + bounds,)
+                elbos = [model(x, y, draws=min(draws, importance_samples - first))
+                         for first in range(0, importance_samples, draws)]
+            log_weights = torch.cat([elbo.log_weight.view(len(x), -1) for elbo in elbos], 1).double()  # (B, K)
+            terms = torch.cat([terms_by_image(elbo, len(x)) for elbo in elbos], 1).double().mean(1)  # (B, 2 + L)
+            bounds = importance_bounds(log_weights.T)
+            columns = torch.cat([terms, *bounds.values()], 1).sum(0)
             sums = columns if sums is None else sums + columns
     model.train(was_training)
     elbo, reconstruction, *rest = (sums / len(dataset)).tolist()
@@ -340,6 +358,11 @@ def evaluate(model: HVAE, dataset: Dataset, importance_samples: int = 1, *, batc
     bits = -log_likelihood / (c * h * w * math.log(2)) if model.likelihood == "logistic" else None
     return {"elbo": elbo, "reconstruction": reconstruction, "kl": kl, "log_likelihood": log_likelihood, "bounds": bounds,
             "importance_samples": importance_samples, "images": len(dataset), "bits_per_dim": bits}
+
+
+def terms_by_image(elbo: ELBO, images: int) -> Tensor:
+    """(images, draws, 2 + L): the ELBO, the reconstruction and the KL terms."""
+    return torch.cat([elbo.elbo[:, None], elbo.reconstruction[:, None], elbo.kl], 1).unflatten(0, (images, -1))
 
 
 def importance_bounds(log_weights: Tensor) -> dict[int, Tensor]:
@@ -421,12 +444,15 @@ def model_for(dataset: Dataset, **arguments) -> HVAE:
     return HVAE(**{**data, **arguments})
 
 
-def check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every) -> None:
+def check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every,
+                  seed) -> None:
     """Raises ValueError naming the first argument of train() that is out of range."""
     whole = dict(steps=steps, batch_size=batch_size, beta_steps=beta_steps, eval_every=eval_every, log_every=log_every)
     for name, value in whole.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")
     for name, value, fits in [("lr", lr, 0 < lr < math.inf), ("beta_start", beta_start, 0 < beta_start < math.inf),
                               ("closed_share", closed_share, 0 <= closed_share < 1),
                               ("top_share", top_share, 0 <= top_share <= 1), ("ema", ema, 0 <= ema < 1)]:
@@ -583,6 +609,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser, args = parse(arguments)
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"argument --seed: expected a number from 0 to 2^32 - 1, got {args.seed}")
     try:
         if args.evaluate:
             model = HVAE.load(args.evaluate, pick_device(args.device))
@@ -591,16 +619,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_fitted_prior(args)
         else:
             train_and_draw(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        parser.error(str(error))
+        parallel.leave()
+    except (ValueError, OSError, FloatingPointError, OverflowError) as error:
+        parser.error((str(error) or type(error).__name__).splitlines()[-1])  # a worker sends its traceback, which ends so
     except KeyboardInterrupt:
         sys.exit(f"interrupted; go on with --out {args.out} --resume")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        first = (str(error) or "MemoryError").splitlines()[0]
+        if out_of_memory(error):
+            parser.error(f"not enough memory: {first}")
         if parallel.size() == 1:
             raise
-        sys.exit(f"another process of this run is gone ({str(error).splitlines()[0]}); go on with --out {args.out} --resume")
-    finally:
-        parallel.leave()
+        sys.exit(f"another process of this run is gone ({first}); go on with --out {args.out} --resume")
 
 
 def train_and_draw(args: argparse.Namespace) -> None:
@@ -684,7 +714,8 @@ def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:
 def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) -> None:
     """A line per term of the ELBO."""
     binarise = model.provenance.get("binarised", False)
-    metrics = evaluate(model, test_set, importance_samples, binarise=binarise)
+    draws = max(64, 200_000 // math.prod(model.input_shape))  # together, as far as memory allows
+    metrics = evaluate(model, test_set, importance_samples, batch_size=draws, binarise=binarise)
     print(f"{metrics['images']} held-out images{', binarised' * binarise}, nats per image\n"
           f"  -ELBO             {-metrics['elbo']:>10,.2f}\n"
           f"  reconstruction    {metrics['reconstruction']:>10,.2f}")

@@ -22,3 +22,9 @@ def mnist_root() -> Path:
         if (folder / "MNIST" / "raw").is_dir():
             return folder
     pytest.skip("MNIST is not in data/")
+
+
+@pytest.fixture(autouse=True)
+def numbers_of_every_size():
+    """As a process begins: train() has tiny numbers taken for zero, which Hypothesis' floats refuse."""
+    torch.set_flush_denormal(False)

@@ -52,6 +52,12 @@ def test_splits(digits):
     assert first == {"train": 0, "val": 220, "test": 0}
 
 
+def test_some_of_the_test_set_are_spread_over_it(digits):
+    model = HVAE(**CONFIGS["mnist-vae"])
+    first = lambda **most: [int(255 * image[0, 0, 0]) for image, _ in held_out_images(model, "mnist", digits, **most)]
+    assert first() == list(range(30)) == first(most=99) and first(most=3) == [0, 10, 20]
+
+
 def test_held_out_digits_are_the_split_val(digits):
     training, held_out = hold_out(MNIST("train", digits, text_length=1), seed=0, most=7)
     assert len(training) == 220 and len(held_out) == 7
@@ -72,8 +78,16 @@ def no_network(monkeypatch):
 
 
 def test_missing_digits(tmp_path, no_network):
-    with pytest.raises(OSError, match="MNIST/raw and could not be downloaded"):
+    with pytest.raises(OSError, match="MNIST/raw, or damaged, and could not be downloaded"):
         MNIST("train", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 99, None])
+def test_damaged_digits(content, digits, no_network):
+    file = digits / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:1000] if content is None else content)
+    with pytest.raises(OSError, match="MNIST/raw, or damaged"):
+        MNIST("train", digits)
 
 
 @pytest.mark.parametrize("arguments, message", [({"split": "dev"}, "split"), ({"text_length": 2}, "text_length")])
@@ -98,7 +112,7 @@ def test_binarised_images_are_drawn_anew():
 def test_training_binarises(tmp_path, monkeypatch):
     seen = []
     forward = HVAE.forward
-    monkeypatch.setattr(HVAE, "forward", lambda self, x, *rest: seen.append(x) or forward(self, x, *rest))
+    monkeypatch.setattr(HVAE, "forward", lambda self, x, *rest, **more: seen.append(x) or forward(self, x, *rest, **more))
     data = TensorDataset(torch.full((8, 1, 8, 8), 0.5), torch.zeros(8, 0))
     model = HVAE([("conv", 4, 2)], [], (8, 8), 1, 1, likelihood="bernoulli", text_length=None)
     trained, _ = train(model, data, steps=3, batch_size=4, binarise=True, workers=0, val_dataset=data, out=tmp_path)
@@ -133,7 +147,7 @@ def test_bound_tightens_to_the_exact_likelihood(inference):
     metrics = evaluate(model, TensorDataset(x, torch.zeros(6, 0)), 10_000)
     bounds = metrics["bounds"]
     assert list(bounds) == [1, 10, 100, 1000, 10_000] and bounds[10_000] == metrics["log_likelihood"]
-    assert bounds[1] == pytest.approx(metrics["elbo"], abs=0.1)
+    assert bounds[1] == pytest.approx(metrics["elbo"], abs=0.5)  # four standard errors of so wide a posterior
     assert bounds[1] + 0.02 < bounds[10] < bounds[1000] < exact + 0.02
     assert bounds[10_000] == pytest.approx(exact, abs=0.02)
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from model import DIGITS, HVAE, INNER_CONFIG, LATENT_CHANNELS, OUTER_CONFIG, UPPERCASE, Normal, kl_divergence, quantiles
+from model import (DIGITS, HVAE, INNER_CONFIG, LATENT_CHANNELS, OUTER_CONFIG, UPPERCASE, Normal, checksum, kl_divergence,
+                   quantiles)
 
 MODES = ["top-down", "bottom-up"]
 U_NET = [("conv-bn", 4), ("skip-up", 0), ("pool", 2), ("conv", 5), ("upsample", 2), ("skip-down", 0), ("conv", 3)]
@@ -150,6 +151,20 @@ def test_mean_log_weight_is_the_elbo(inference, inner):
         assert within_four_standard_errors(q.log_prob(z) - p.log_prob(z) - kl_divergence(q, p))
     terms = model(one_image(model, 4000))
     assert within_four_standard_errors(terms.log_weight - terms.elbo)
+
+
+@pytest.mark.parametrize("inference", MODES)
+@torch.no_grad()
+def test_draws_of_an_image_are_as_if_it_came_several_times(inference):
+    model = lively(tiny(inference, inner_config=LEVELS[3])).eval()
+    x, y = batch(model)
+    torch.manual_seed(0)
+    together = model(x, y, draws=3)
+    torch.manual_seed(0)
+    apart = model(x.repeat_interleave(3, 0), None if y is None else y.repeat_interleave(3, 0))
+    assert together.elbo.shape == (3 * len(x),) and together.elbo[0] != together.elbo[1]
+    for one, other in zip(together, apart):
+        torch.testing.assert_close(one, other)
 
 
 class Given(nn.Module):
@@ -513,12 +528,12 @@ def test_draw_text():
 
 
 BAD_ARGUMENTS = {
-    "input_size": [28, (28,), (0, 28), (28.0, 28), (28, 28, 3), None],
+    "input_size": [28, (28,), (0, 28), (28.0, 28), (28, 28, 3), (10**6, 10**6), None],
     "input_channels": [0, -1, 1.0, True, None],
     "latent_channels": [0, (1, 2, 3), (1,), (1, 0), (1, 2.0), "22", True, 2.0, None],
     "inference": ["ladder", None],
     "likelihood": ["laplace", None],
-    "sigma": [0, -0.1, math.nan, math.inf, "0.2"],
+    "sigma": [0, -0.1, math.nan, math.inf, 10**400, "0.2"],
     "mixtures": [0, 1.5, None],
     "text_length": [0, -4, 4.0, True],
     "charset": ["", "AAB", None, 36],
@@ -646,6 +661,40 @@ def test_other_dicts_are_refused(content, tmp_path):
 def test_weights_that_do_not_fit_are_refused(weights, tmp_path):
     torch.save({"format": "hvae-1", "config": tiny().config, "weights": weights}, tmp_path / "weights.pt")
     refused(tmp_path / "weights.pt")
+
+
+def forged(path, config=None, provenance=None, **weights):
+    """A checkpoint with a checksum that is right, whatever is in it."""
+    model = tiny()
+    content = {"config": {**model.config, **(config or {})}, "weights": {**model.state_dict(), **weights},
+               "provenance": {} if provenance is None else provenance}
+    torch.save({"format": "hvae-1", **content, "checksum": checksum(**content)}, path)
+
+
+def test_forged_files_are_refused(tmp_path):
+    """Right checksums do not make them good, and none may take memory that the file's size does not suggest."""
+    path = tmp_path / "forged.pt"
+    forged(path)
+    HVAE.load(path)
+    bias = tiny().to_image.bias.detach()
+    huge = [("res", 8000)] * 10
+    for change in (dict(config={"outer_config": huge}), dict(config={"flow": 10**9}), dict(config={"input_size": (10**6, 10**6)}),
+                   dict(config={"inner_config": [[("upsample", 10**6)]]}), dict(config={"text_length": 10**9}),
+                   dict(config={"sigma": 10**400}), dict(config={"latent_channels": 10**9}), dict(config={"input_channels": 10**12}),
+                   dict(provenance=["a list"]), dict(more=bias), {"to_image.bias": bias * math.nan},
+                   {"to_image.bias": bias + math.inf}, {"to_image.bias": bias[:0]}):
+        forged(path, **change)
+        refused(path)
+
+
+def test_output_level_overlooks_broken_images():
+    model, same = tiny(), tiny()
+    x = torch.rand(4, *model.input_shape)
+    model.set_output_level(x)
+    same.set_output_level(torch.cat([x, torch.full_like(x[:1], math.nan)]))
+    assert torch.equal(model.to_image.bias, same.to_image.bias)
+    same.set_output_level(torch.full_like(x, math.inf))
+    assert torch.equal(model.to_image.bias, same.to_image.bias)
 
 
 class Malicious:

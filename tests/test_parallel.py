@@ -83,9 +83,19 @@ def short_run(steps=10):
     return model.state_dict(), history
 
 
+def short_run_and_one_astray():
+    """short_run(), and what is said if then one of the processes goes on from another folder."""
+    weights, history = short_run()
+    os.environ["OUT"] += "-other" * parallel.rank()
+    with pytest.raises(ValueError) as error:
+        short_run(15)
+    return weights, history, str(error.value)
+
+
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path / "run"))
-    two = in_two_processes(short_run, tmp_path)
+    two = in_two_processes(short_run_and_one_astray, tmp_path)
+    assert all("share that folder" in message for _, _, message in two)
     assert all(torch.equal(a, b) for a, b in zip(two[0][0].values(), two[1][0].values()))  # no process drifts away
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["hvae.pt", "loss.png", "metrics.csv", "samples.png",
                                                                     "state.previous.pt", "state.pt"]

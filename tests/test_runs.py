@@ -134,6 +134,15 @@ def test_damaged_state_falls_back_to_the_previous_one(damage, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_saving_after_a_fallback_keeps_the_good_state(tmp_path):
+    for step in (4, 8):
+        stop_at(tmp_path, step)
+    (tmp_path / "state.pt").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="going on from state.previous.pt"):
+        stop_at(tmp_path, 8)
+    assert read_state(tmp_path / "state.previous.pt")["step"] == 4 and read_state(tmp_path / "state.pt")["step"] == 8
+
+
 def stop_at(out, step, **arguments):
     """A run of 12 steps, or as the arguments say, stopped right after it has saved this one."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

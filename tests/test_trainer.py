@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.utils import save_image
 
+import parallel
 import trainer
 from dataset import CaptchaDataset, CaptchaFolder
 from model import HVAE
@@ -317,6 +318,20 @@ def test_resume_after_the_data_failed(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_resume_remembers_the_checkpoint_it_began_with(tmp_path, monkeypatch):
+    """Also when the run is cut before its first evaluation."""
+    def model():
+        begun = tiny()
+        begun.provenance = {"steps": 7, "began_with": {"steps": 3}}
+        return begun
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(parallel, "any_signal", lambda *_: 15)
+        fit(tmp_path, model())
+    resumed, _ = fit(tmp_path, model(), resume=True)
+    assert resumed.provenance["steps"] == 15 and resumed.provenance["began_with"] == model().provenance
+
+
 def test_resume_with_workers_and_text(tmp_path, monkeypatch):
     model = lambda: tiny(text_length=1, inference="bottom-up")
     fit(tmp_path / "whole", model(), workers=1)
@@ -617,6 +632,24 @@ def test_clipper_skips_spikes_once_it_knows_the_norm():
     assert clip.skipped == 1
 
 
+def test_clipper_takes_norms_that_stay_high():
+    module, clip = nn.Linear(4, 4, bias=False), Clipper()
+    for _ in range(301):
+        step_with_gradient(clip, module, 1.0)
+    taken = [step_with_gradient(clip, module, 100.0) for _ in range(200)]
+    assert not any(taken[:50]) and all(taken[100:])
+
+
+@pytest.mark.parametrize("binarise", [False, True])
+def test_broken_images_cost_their_steps_alone(binarise, tmp_path):
+    """Also where they are among the first, which set the output's level."""
+    x, y = bars().tensors
+    x[5, 0, 2, 3] = math.nan
+    averaged, history = fit(tmp_path, dataset=TensorDataset(x, y), val_dataset=bars(4, seed=1), steps=5, binarise=binarise)
+    assert history[-1]["skipped"] == 1  # five batches of eight are the forty images
+    assert all(p.isfinite().all() for p in averaged.parameters())
+
+
 def test_training_survives_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     kept, calls = [], []
     model = tiny()
@@ -712,8 +745,8 @@ def recorded(model):
     """The list in which everything that model(x, y) returns from now on is kept."""
     results, forward = [], model.forward
 
-    def record(x, y=None, closed=None):
-        results.append(forward(x, y, closed))
+    def record(x, y=None, closed=None, draws=1):
+        results.append(forward(x, y, closed, draws))
         return results[-1]
 
     model.forward = record
@@ -743,13 +776,15 @@ def test_evaluate_sees_the_images_and_texts():
     assert evaluate(model, data, batch_size=4)["kl"][1] == pytest.approx(kl, rel=1e-5)
 
 
-def test_importance_weighted_bound_by_hand():
+@pytest.mark.parametrize("batch_size, calls", [(15, 1), (6, 3), (2, 10)])  # draws may come in more than one call
+def test_importance_weighted_bound_by_hand(batch_size, calls):
     model = tiny().eval()
     results = recorded(model)
-    metrics = evaluate(model, bars(5), 3, batch_size=5)
-    weights = [result.log_weight.double().exp() for result in results]
-    assert len(weights) == 3
-    assert metrics["log_likelihood"] == pytest.approx((sum(weights) / 3).log().mean().item(), rel=1e-5)
+    metrics = evaluate(model, bars(5), 3, batch_size=batch_size)
+    weights = torch.cat([result.log_weight for result in results]).double().exp().view(5, 3)  # image by image
+    assert len(results) == calls
+    assert metrics["log_likelihood"] == pytest.approx(weights.mean(1).log().mean().item(), rel=1e-5)
+    assert metrics["bounds"][1] == pytest.approx(weights.log().mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -841,7 +876,7 @@ def test_csv_is_a_plain_table(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ command line
 
-OPTIONS = """--data --folder --root --config --init --binarise --keep --size --length --charset --fonts --images --cache
+OPTIONS = """--data --folder --skip-bad --root --config --init --binarise --keep --size --length --charset --fonts --images --cache
     --workers --inference --likelihood --sigma --mixtures --flow --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats --closed-levels
     --closed-share --top-share --ema --eval-every --device --seed --out --resume --fit-prior --evaluate --importance-samples""".split()
 
@@ -871,6 +906,28 @@ def test_command_line_on_folder(small, tmp_path, capsys):
     assert str(tmp_path / "out") in capsys.readouterr().out
     model = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert (model.input_shape, model.text_length, model.charset) == ((3, 16, 32), 2, "AB")
+
+
+def test_command_line_leaves_out_bad_files(small, tmp_path, capsys):
+    (Path(small[1]) / "broken.png").write_bytes(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        trainer.main(small)
+    assert "broken.png" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.warns(UserWarning, match="broken.png"):
+        trainer.main(small + ["--skip-bad"])
+    assert HVAE.load(tmp_path / "out" / "hvae.pt").provenance["data"]["count"] == 12
+
+
+def test_command_line_names_a_file_that_breaks_later(small, capsys, monkeypatch):
+    """In a worker process, whose errors come with their traceback."""
+    data = CaptchaFolder(small[1])
+    data.paths[3].write_bytes(b"")
+    monkeypatch.setattr(trainer, "make_dataset", lambda args: data)
+    monkeypatch.setattr(trainer, "hold_out", lambda *_: (data, data))
+    with pytest.raises(SystemExit) as stop:
+        trainer.main([*small, "--steps", "4", "--workers", "1"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "error: " in last and data.paths[3].name in last
 
 
 def test_command_line_keeps_every_model(small, tmp_path):
@@ -961,8 +1018,10 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
     (["--inference", "bottom-up", "--closed-levels", "1"], "closed_levels"), (["--sigma", "-1"], "sigma"),
     (["--mixtures", "0"], "mixtures"), (["--flow", "2"], "flow"), (["--length", "3"], "3 symbols"), (["--size", "0", "5"], "image_size"),
     (["--charset", ""], "charset"), (["--workers", "-1"], "num_workers"), (["--eval-every", "0"], "eval_every"),
-    (["--folder", "no/such/folder"], "no/such/folder"), (["--device", "toaster"], "toaster"), (["--wings"], "--wings"),
-    (["--folder", "", "--images", "0"], "images"), (["--folder", "", "--length", "0"], "length"),
+    (["--folder", "no/such/folder"], "no/such/folder"), (["--device", "toaster"], "toaster"), (["--device", "meta"], "meta"),
+    (["--seed", "-1"], "seed"), (["--seed", str(2**64)], "seed"), (["--wings"], "--wings"),
+    (["--folder", "", "--images", "0"], "images"), (["--folder", "", "--images", str(10**20)], "int"),
+    (["--folder", "", "--images", str(10**12), "--cache", "memory"], "shared memory"), (["--folder", "", "--length", "0"], "length"),
     (["--evaluate", "no/such/model.pt"], "no/such/model.pt"), (["--init", "no/such/model.pt"], "no/such/model.pt"),
     (["--init", "some.pt", "--sigma", "1", "--unconditional"], "sigma, text_length"), (["--folder", "", "--fonts", "no.ttf"], "no.ttf")])
 def test_command_line_errors(options, message, small, capsys, monkeypatch):
