@@ -201,9 +201,9 @@ def train(
     return run.average, run.history
 
 
-def binarised(x: Tensor) -> Tensor:
+def binarised(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Every pixel drawn as 0 or 1 with its value as the probability; NaN stays, so that its step is skipped."""
-    return torch.where(x.isfinite(), torch.bernoulli(x.nan_to_num(0, 0, 0).clamp(0, 1)), x)
+    return torch.where(x.isfinite(), torch.bernoulli(x.nan_to_num(0, 0, 0).clamp(0, 1), generator=generator), x)
 
 
 def closings(model: HVAE, batch_size: int, closed_levels: int, closed_share: float, top_share: float) -> Tensor:
@@ -339,9 +339,10 @@ def evaluate(model: HVAE, dataset: Dataset, importance_samples: int = 1, *, batc
     sums = None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        pixels = torch.Generator(device).manual_seed(seed)  # the same images, however many draws of z
         for x, y in tqdm(DataLoader(dataset, max(1, batch_size // draws)), desc="evaluate", delay=20, leave=False):
             x, y = x.to(device), y.to(device) if model.text_length is not None else None
-            x = binarised(x) if binarise else x
+            x = binarised(x, pixels) if binarise else x
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 elbos = [model(x, y, draws=min(draws, importance_samples - first))
                          for first in range(0, importance_samples, draws)]
