@@ -100,7 +100,7 @@ def plan(config: Sequence[tuple], channels: int, size: Size, name: str) -> list[
                 raise ValueError(f"{where}: its map is {size[0]}x{size[1]}, but 'skip-up' {arg} remembered "
                                  f"{up.size_in[0]}x{up.size_in[1]}")
             layer = layer._replace(arg=arg, c_skip=up.c_in)
-        if math.prod(layer.size_out) > MOST_PIXELS:
+        if pixels(layer.size_out) > MOST_PIXELS:
             raise ValueError(f"{where}: its map would have more than {MOST_PIXELS:,} pixels")
         layers.append(layer)
         channels, size = layer.c_out, layer.size_out

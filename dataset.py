@@ -452,11 +452,7 @@ class MNIST(Dataset):
 def open_mnist(root: str | Path, train: bool) -> datasets.MNIST:
     """torchvision's MNIST from a folder, or from the network."""
     try:
-        return datasets.MNIST(root, train, download=False)
-    except Exception:  # not there yet, or damaged in one of many ways
-        pass
-    try:
-        return datasets.MNIST(root, train, download=True)
+        return datasets.MNIST(root, train, download=True)  # which downloads only what is not there
     except Exception as error:  # of many kinds: no network, no right to write, a damaged file
         raise OSError(f"MNIST is not in {root}/MNIST/raw, or damaged, and could not be downloaded ({type(error).__name__}). "
                       f"Name the folder that holds MNIST/raw, or remove what is in it and connect to a network.") from None

@@ -534,13 +534,12 @@ class HVAE(nn.Module):
         """
         if isinstance(config["flow"], int) and config["flow"] > len(weights):
             raise ValueError(f"flow={config['flow']} is more than its weights are for")
+        shapes = lambda state: {name: tuple(weight.shape) for name, weight in state.items()}
         with torch.device("meta"):
-            shapes = {name: weight.shape for name, weight in cls(**config).state_dict().items()}
-        for name in sorted(shapes.keys() | weights.keys()):
-            if name not in weights or name not in shapes or weights[name].shape != shapes[name]:
-                theirs, ours = ("none" if name not in part else tuple(part[name].shape if part is weights else part[name])
-                                for part in (weights, shapes))
-                raise ValueError(f"{name} is {theirs} in the file, {ours} in the model")
+            ours, theirs = shapes(cls(**config).state_dict()), shapes(weights)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(f"{name} is {theirs.get(name)} in the file, {ours.get(name)} in the model")
         model = cls(**config)
         model.load_state_dict(weights)
         return model
@@ -666,7 +665,7 @@ def check_arguments(outer_config, inner_config, input_size, input_channels, late
     positive = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
     if not (isinstance(input_size, (tuple, list)) and len(input_size) == 2 and all(map(positive, input_size))):
         raise ValueError(f"input_size: expected (height, width), got {input_size!r}")
-    if math.prod(input_size) > MOST_PIXELS:
+    if pixels(input_size) > MOST_PIXELS:
         raise ValueError(f"input_size: {input_size[0]}x{input_size[1]} has more than {MOST_PIXELS:,} pixels")
     if not isinstance(inner_config, (list, tuple)):
         raise ValueError(f"inner_config: expected a list of lists of tuples, got {inner_config!r}")

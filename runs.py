@@ -43,7 +43,8 @@ class Clipper:
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if not finite or (self.seen > 300 and self.last > 20 * self.mean):
             self.skipped += 1
-            self.mean *= 1.02 if finite else 1.0  # if norms stay that high, they will be taken
+            if finite:  # if norms stay that high, they will be taken
+                self.mean *= 1.02
             return False
         self.mean = 0.98 * self.mean + 0.02 * min(self.last, 2 * self.mean) if self.seen else self.last
         self.seen += 1
@@ -105,10 +106,6 @@ def save_state(path: Path, run: Run) -> None:
                 "terms": run.terms, "rng": torch.get_rng_state(), "rng_cuda": cuda}, buffer)
     content = buffer.getbuffer()
     checksum = hashlib.sha256(content).hexdigest().encode()
-    try:
-        whole = bool(read_content(path))
-    except (OSError, ValueError):
-        whole = False
 
     def write(new: Path) -> None:
         with open(new, "wb") as file:
@@ -116,7 +113,7 @@ def save_state(path: Path, run: Run) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if whole:  # a damaged one must not take the place of the last good one
+        if is_whole(path):  # a damaged one must not take the place of the last good one
             os.replace(path, previous(path))
 
     replace(path, write)
@@ -171,6 +168,15 @@ def read_content(path: Path) -> bytes:
     if hashlib.sha256(content).hexdigest().encode() != checksum:
         raise ValueError(f"{path}: damaged, its checksum is wrong")
     return content
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is an undamaged state in this very file."""
+    try:
+        read_content(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def has_state(path: Path) -> bool:

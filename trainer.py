@@ -113,7 +113,8 @@ def train(
         OSError: a file cannot be written.
         FloatingPointError: naming the term of the ELBO that stayed NaN or infinite for many steps.
     """
-    check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every, seed)
+    check_seed(seed)
+    check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every)
     out = Path(out)
     if has_state(out / "state.pt") and not resume:
         raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
@@ -216,7 +217,7 @@ def closings(model: HVAE, batch_size: int, closed_levels: int, closed_share: flo
 
 
 def fit_prior(model: HVAE, dataset: Dataset, images: int = 50_000, steps: int = 6_000, batch_size: int = 256,
-              lr: float = 1e-3, workers: int = 1, seed: int = 0) -> HVAE:
+              lr: float = 1e-3, workers: int = 1, seed: int = 0, binarise: bool = False) -> HVAE:
     """Fits p(z_L), a flow, to q(z_L) over the first so many images of a data set; all else stays as it is.
 
     What training has left between the two is what keeps samples from looking like reconstructions, and this takes
@@ -231,7 +232,7 @@ def fit_prior(model: HVAE, dataset: Dataset, images: int = 50_000, steps: int = 
     device = model.to_image.weight.device
     torch.manual_seed(seed)
     first = Subset(dataset, range(min(images, len(dataset))))
-    mu, logvar = encode_top(model, DataLoader(first, 100, num_workers=workers, worker_init_fn=shield_worker))
+    mu, logvar = encode_top(model, DataLoader(first, 100, num_workers=workers, worker_init_fn=shield_worker), binarise)
 
     def draw(n: int) -> Tensor:
         i = torch.randint(len(mu), (n,), device=device)
@@ -244,11 +245,12 @@ def fit_prior(model: HVAE, dataset: Dataset, images: int = 50_000, steps: int = 
 
 
 @torch.no_grad()
-def encode_top(model: HVAE, loader: DataLoader) -> tuple[Tensor, Tensor]:
+def encode_top(model: HVAE, loader: DataLoader, binarise: bool) -> tuple[Tensor, Tensor]:
     """mu and logvar of q(z_L|.) of every image, (n, c) each."""
     device = model.to_image.weight.device
     posteriors = []
     for x, y in tqdm(loader, desc="encode", unit="batch", dynamic_ncols=True, mininterval=1):
+        x = binarised(x) if binarise else x
         y = y.to(device) if model.text_length is not None else None
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             posteriors.append(model.infer(x.to(device), y)[1][-1][0])
@@ -445,15 +447,18 @@ def model_for(dataset: Dataset, **arguments) -> HVAE:
     return HVAE(**{**data, **arguments})
 
 
-def check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every,
-                  seed) -> None:
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless every number that is derived from this seed is one that torch takes."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")
+
+
+def check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every) -> None:
     """Raises ValueError naming the first argument of train() that is out of range."""
     whole = dict(steps=steps, batch_size=batch_size, beta_steps=beta_steps, eval_every=eval_every, log_every=log_every)
     for name, value in whole.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")
     for name, value, fits in [("lr", lr, 0 < lr < math.inf), ("beta_start", beta_start, 0 < beta_start < math.inf),
                               ("closed_share", closed_share, 0 <= closed_share < 1),
                               ("top_share", top_share, 0 <= top_share <= 1), ("ema", ema, 0 <= ema < 1)]:
@@ -610,9 +615,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser, args = parse(arguments)
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"argument --seed: expected a number from 0 to 2^32 - 1, got {args.seed}")
     try:
+        check_seed(args.seed)
         if args.evaluate:
             model = HVAE.load(args.evaluate, pick_device(args.device))
             print_evaluation(model, test_set_for(model, args), args.importance_samples)
@@ -661,8 +665,9 @@ def save_fitted_prior(args: argparse.Namespace) -> None:
     data_set = make_dataset(args)
     model = load_with_flow(args.fit_prior, args).to(pick_device(args.device))
     check_fit(model, data_set, 1)
-    model = fit_prior(model, data_set, workers=args.workers, seed=args.seed)
-    metrics = evaluate(model, hold_out(data_set, args.seed)[1], binarise=model.provenance.get("binarised", False))
+    binarise = model.provenance.get("binarised", False)
+    model = fit_prior(model, data_set, workers=args.workers, seed=args.seed, binarise=binarise)
+    metrics = evaluate(model, hold_out(data_set, args.seed)[1], binarise=binarise)
     model.provenance["held_out"] = metrics
     print(f"held out -elbo {-metrics['elbo']:,.1f} nats, kl of the top {metrics['kl'][-1]:,.1f}")
     Path(args.out).mkdir(parents=True, exist_ok=True)

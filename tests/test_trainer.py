@@ -579,6 +579,14 @@ def test_fit_prior_uses_as_many_images_as_it_is_told():
     assert model.provenance["prior_fit"]["images"] == 12
 
 
+@pytest.mark.parametrize("binarise", [False, True])
+def test_fit_prior_encodes_images_as_they_were_in_training(binarise):
+    model, seen = tiny(**VECTOR_TOP, flow=1), []
+    model.infer, infer = lambda x, *rest: seen.append(x) or infer(x, *rest), model.infer
+    fit_prior(model, bars(), steps=1, batch_size=4, workers=0, binarise=binarise)
+    assert bool(((seen[0] == 0) | (seen[0] == 1)).all()) is binarise
+
+
 def test_no_flow_to_fit():
     with pytest.raises(ValueError, match="no flow"):
         fit_prior(tiny(**VECTOR_TOP, flow=0), bars())
