@@ -454,7 +454,9 @@ class HVAE(nn.Module):
         if text is None:
             source = generator.device if generator else device
             return torch.randint(len(self.charset), (n, self.text_length), generator=generator, device=source).to(device)
-        texts = list(text) if isinstance(text, (list, tuple)) else [text] * n
+        if not isinstance(text, (str, list, tuple)):
+            raise ValueError(f"text: expected a string, or a list of one per image, got {type(text).__name__}")
+        texts = [text] * n if isinstance(text, str) else list(text)
         if len(texts) != n:
             raise ValueError(f"got {len(texts)} texts for {n} images")
         for t in texts:

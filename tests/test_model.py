@@ -426,7 +426,7 @@ def test_unconditional_model_refuses_a_text():
 
 @pytest.mark.parametrize("n, text", [(1, "A"), (1, "ABC"), (1, "A?"), (1, "ab"), (1, ""),
                                      (2, ["AB"]), (1, ["AB", "AB"]), (1, [""]),
-                                     (2, ["AB", "A"]), (1, 12), (1, [12]), (1, [None])])
+                                     (2, ["AB", "A"]), (1, 12), (1, [12]), (1, [None]), (1, torch.tensor([[0, 1]]))])
 def test_sample_refuses_texts_that_do_not_fit(n, text):
     with pytest.raises(ValueError, match="text"):
         tiny(text_length=2, charset="ABC").sample(n, text)
