@@ -180,7 +180,7 @@ def build(layer: Layer) -> nn.Module:
     if layer.kind == "convt":
         return activated(ConvTranspose(layer), layer)
     if layer.kind == "res":
-        return Res(layer.c_in, layer.c_out)
+        return Res(layer.c_in, layer.c_out, layer.size_in)
     if layer.kind == "pool":
         exact = layer.size_out == tuple(n // layer.arg for n in layer.size_in)
         return nn.MaxPool2d(layer.arg) if exact else nn.AdaptiveMaxPool2d(layer.size_out)
@@ -218,9 +218,9 @@ class Res(nn.Module):
     Group normalisation keeps no statistics between batches, so training and sampling see the same function.
     """
 
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in: int, c_out: int, size: Size):
         super().__init__()
-        self.norm = nn.GroupNorm(math.gcd(8, c_in), c_in)
+        self.norm = group_norm(math.gcd(8, c_in), c_in, size)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -228,6 +228,13 @@ class Res(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.shortcut(h) + self.conv2(F.silu(self.conv1(F.silu(self.norm(h)))))
+
+
+def group_norm(groups: int, c: int, size: Size) -> nn.Module:
+    """Group normalisation; never of single values, of which it would leave nothing."""
+    if c * pixels(size) == 1:
+        return nn.Identity()
+    return nn.GroupNorm(1 if c * pixels(size) == groups else groups, c)
 
 
 def pixels(size: Size) -> int:

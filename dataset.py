@@ -34,10 +34,13 @@ from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from blocks import MOST_PIXELS
 from model import DIGITS, UPPERCASE
 
 SPLITS = ("train", "val", "test")
+SHEET_PIXELS = 10**8  # most on one sheet, which is in memory as a whole
 MIN_SIDE = 8  # pixels; below, no symbol can be told from another
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of all that Pillow reads: EPS, say, is a program to be run
 SEPARATORS = "_-. "  # the text in a file's name ends at the first of them
 UNSAFE = SEPARATORS + '/\\:*?"<>|'  # what a text must not contain to begin a file's name
 
@@ -157,6 +160,8 @@ class CaptchaDataset(Dataset):
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         if not is_size(image_size, MIN_SIDE):
             raise ValueError(f"image_size: expected (height, width) of at least {MIN_SIDE} pixels, got {image_size!r}")
+        if image_size[0] * image_size[1] > MOST_PIXELS:
+            raise ValueError(f"image_size: {image_size[0]}x{image_size[1]} has more than {MOST_PIXELS:,} pixels")
         if not whole(text_length, 1):
             raise ValueError(f"text_length: expected a positive whole number, got {text_length!r}")
         check_charset(charset)
@@ -234,7 +239,7 @@ class Cache:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:  # creates the file, but leaves the content of an earlier run
-            missing = size * row - file.tell()
+            missing = size * row - 512 * getattr(os.fstat(file.fileno()), "st_blocks", 0)
             if missing > shutil.disk_usage(path.parent).free:  # writing to a map of a full disk would end the process
                 raise OSError(f"cache: {path.parent} lacks the space for {missing / 1e9:.1f} GB")
             file.truncate(size * row)
@@ -355,12 +360,12 @@ class CaptchaFolder(Dataset):
 
 
 def find_images(root: Path) -> list[Path]:
-    """The files under root that have the extension of a format Pillow reads, sorted."""
+    """The files under root that have the extension of an image, sorted."""
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder")
     if not root.is_dir():
         raise ValueError(f"{root}: not a folder")
-    extensions = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    extensions = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
     paths = [path for path in root.rglob("*")
              if path.suffix.lower() in extensions and not path.name.startswith(".") and path.is_file()]
     if not paths:
@@ -378,7 +383,7 @@ def read_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about oddities that do not keep Pillow from reading
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise ValueError(f"{path}: not a readable image ({error})") from error
@@ -553,6 +558,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.n < 1:
         parser.error(f"argument --n: expected at least 1, got {args.n}")
+    if not args.export and args.n * max(args.size[0] * args.size[1], 1) > SHEET_PIXELS:
+        parser.error(f"argument --n: {args.n} images are too many for one sheet; --export writes any number")
     try:
         dataset = CaptchaDataset(args.n, args.split, tuple(args.size), args.length, args.charset, args.seed, args.fonts)
         if args.export:

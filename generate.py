@@ -63,12 +63,16 @@ def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature:
     Raises:
         ValueError: n < 1 or above SHEET, a bad temperature, or a text the model cannot draw.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    check_n(n)
     if n > SHEET:
         raise ValueError(f"a sheet holds at most {SHEET} images, got {n}; --individual (save_individual) writes any number")
     images = torch.cat([images for images, _ in sample_batches(model, n, text, temperature, seed)])
     return make_grid(images, nrow=columns or columns_for(model), padding=2, pad_value=1)
+
+
+def check_n(n: int) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n must be at least 1, a whole number; got {n!r}")
 
 
 def columns_for(model: HVAE) -> int:
@@ -84,8 +88,7 @@ def save_individual(model: HVAE, folder: str | Path, n: int, text: str | None = 
         ValueError: n < 1, a bad temperature, a text the model cannot draw, or a charset with symbols that a file's
             name cannot hold.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    check_n(n)
     if model.text_length is not None and set(UNSAFE) & set(model.charset):
         raise ValueError("the charset has symbols that a file's name cannot hold")
     temperatures(model, temperature)  # refused before a folder is made

@@ -13,6 +13,7 @@ In the code a level's index is l - 1: `levels[0]` holds z_1.
 
 import hashlib
 import math
+import zipfile
 from numbers import Real
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import MOST_PIXELS, Block, Layer, Size, build, mirror, pixels, plan, project
+from blocks import MOST_PIXELS, Block, Layer, Size, build, group_norm, mirror, pixels, plan, project
 from flow import Flow, Flowed
 from likelihoods import Bernoulli, Gaussian, Logistic, logits
 
@@ -32,6 +33,8 @@ UPPERCASE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
 LATENT_CHANNELS = (4, 4, 4, 8, 64)
+
+MOST_COUPLINGS = 1000  # more than anyone wants; each takes time to build
 
 # Arguments of HVAE by name.
 BINARY_DIGITS = dict(input_size=(28, 28), input_channels=1, likelihood="bernoulli", text_length=None)
@@ -94,7 +97,7 @@ class Head(nn.Module):
 
     def __init__(self, c_in: int, c: int, c_z: int, size: Size, logvar: float, scale: float = 1.0):
         super().__init__()
-        self.norm = nn.GroupNorm(1, c_in)  # without it a latent's KL can run away in the first steps
+        self.norm = group_norm(1, c_in, size)  # without it a latent's KL can run away in the first steps
         self.hidden = project(c_in, c, size)
         self.out = project(c, 2 * c_z, size)
         with torch.no_grad():
@@ -216,14 +219,13 @@ class HVAE(nn.Module):
         charset: str = DIGITS + UPPERCASE,
     ):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        check_arguments(**self.config)
-        self.config.update(outer_config=plain(outer_config), inner_config=plain(inner_config),
-                           input_size=tuple(input_size), latent_channels=plain(latent_channels),
-                           sigma=None if sigma is None else float(sigma))
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        check_arguments(**arguments)
+        self.config = {name: plain(value) for name, value in arguments.items()}
+        self.config.update(input_size=tuple(input_size), sigma=None if sigma is None else float(sigma))
         self.top_down = inference == "top-down"
         self.input_shape = (input_channels, *input_size)
-        self.text_length, self.charset = text_length, charset
+        self.text_length, self.charset = text_length, self.config["charset"]
         self.likelihood, self.mixtures = likelihood, mixtures
         self.provenance: dict = {}  # where the weights come from; travels with save() and load()
 
@@ -483,7 +485,13 @@ class HVAE(nn.Module):
             raise ValueError(f"y has indices outside the charset's 0..{len(self.charset) - 1}")
 
     def save(self, path: str | Path, half: bool = False) -> None:
-        """Writes config, weights and provenance into one file; half rounds the weights to float16, for half the size."""
+        """Writes config, weights and provenance into one file; half rounds the weights to float16, for half the size.
+
+        Raises:
+            ValueError: the provenance holds something that load() would not read.
+        """
+        if not is_plain(self.provenance):
+            raise ValueError("provenance: only numbers, strings, lists and dicts of them can be kept in a file")
         weights = {k: v.detach().cpu() for k, v in self.state_dict().items()}
         if half:
             weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
@@ -498,29 +506,9 @@ class HVAE(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: naming the file and what is wrong with it.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such checkpoint")
+        config, weights, provenance = read_checkpoint(Path(path))
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in many ways, an unsafe one with UnpicklingError
-            raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-        if not isinstance(content, dict) or content.get("format") != "hvae-1":
-            raise ValueError(f"{path}: not an HVAE checkpoint (no format 'hvae-1' in it)")
-        missing = {"config", "weights", "checksum"} - set(content)
-        if missing:
-            raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}")
-        provenance, weights = content.get("provenance", {}), content["weights"]
-        try:
-            damaged = content["checksum"] != checksum(content["config"], weights, provenance)
-            broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
-        except (AttributeError, TypeError, RuntimeError):
-            damaged = True
-        if damaged or not isinstance(provenance, dict):
-            raise ValueError(f"{path}: damaged, its checksum is wrong")
-        if broken:
-            raise ValueError(f"{path}: not all numbers in {broken[0]} are finite")
-        try:
-            model = cls.build({"flow": 0, **content["config"]}, weights)  # files from before there were flows lack it
+            model = cls.build({"flow": 0, **config}, weights)  # files from before there were flows lack it
         except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: its config and weights do not fit this version: {reason[:160]}") from None
@@ -534,8 +522,10 @@ class HVAE(nn.Module):
         Raises:
             ValueError: config and weights do not fit each other.
         """
-        if isinstance(config["flow"], int) and config["flow"] > len(weights):
-            raise ValueError(f"flow={config['flow']} is more than its weights are for")
+        outer, inner = config.get("outer_config", ()), config.get("inner_config", ())
+        layers = sum(map(len, [outer, inner, *inner]))
+        if layers > 10 * len(weights) or isinstance(config["flow"], int) and config["flow"] > len(weights):
+            raise ValueError("the config has more layers than its weights are for")
         shapes = lambda state: {name: tuple(weight.shape) for name, weight in state.items()}
         with torch.device("meta"):
             ours, theirs = shapes(cls(**config).state_dict()), shapes(weights)
@@ -544,6 +534,9 @@ class HVAE(nn.Module):
                 raise ValueError(f"{name} is {theirs.get(name)} in the file, {ours.get(name)} in the model")
         model = cls(**config)
         model.load_state_dict(weights)
+        flow = model.levels[-1].flow
+        if flow is not None and not (flow.order.sort().values == torch.arange(flow.order.shape[1])).all():
+            raise ValueError("the order of its flow is not a permutation")
         return model
 
     def summary(self) -> str:
@@ -575,6 +568,45 @@ def quantiles(x: Tensor, n: int) -> Tensor:
     """(n, C): values of each channel of images x that part its pixels into n classes of equal size, in their middles."""
     values = x.transpose(0, 1).flatten(1).sort(dim=1).values
     return values[:, [int((k + 0.5) / n * values.shape[1]) for k in range(n)]].T
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor], dict]:
+    """Config, weights and provenance, as HVAE.save() wrote them; takes little more memory than the file's size.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: naming the file and what is wrong with it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > size:
+            raise ValueError("compressed")  # torch.save never does that, and who knows how much there is in it
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways, an unsafe one with UnpicklingError
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(content, dict) or content.get("format") != "hvae-1":
+        raise ValueError(f"{path}: not an HVAE checkpoint (no format 'hvae-1' in it)")
+    missing = {"config", "weights", "checksum"} - set(content)
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}")
+    config, weights, provenance = content["config"], content["weights"], content.get("provenance", {})
+    try:
+        counts = [provenance.get(name, 0) for name in ("steps", "images_seen", "seconds")]
+        sound = (is_plain((config, provenance)) and all(isinstance(count, Real) for count in counts)
+                 and sum(weight.numel() * weight.element_size() for weight in weights.values()) <= size
+                 and content["checksum"] == checksum(config, weights, provenance))
+        broken = [name for name, weight in weights.items() if sound and not weight.float().isfinite().all()]
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: damaged, its checksum is wrong")
+    if broken:
+        raise ValueError(f"{path}: not all numbers in {broken[0]} are finite")
+    return config, weights, provenance
 
 
 def checksum(config: dict, weights: dict[str, Tensor], provenance: dict) -> str:
@@ -622,10 +654,27 @@ def brief(block: Block) -> str:
 
 
 def plain(config):
-    """A config as lists of tuples of plain values, whatever sequences it came in."""
+    """A config as lists of tuples of plain values, whatever sequences and kinds of numbers and strings it came in."""
     if isinstance(config, (list, tuple)):
-        return [tuple(i) if isinstance(i, (list, tuple)) and i and isinstance(i[0], str) else plain(i) for i in config]
-    return config
+        values = map(plain, config)
+        return tuple(values) if config and isinstance(config[0], str) else list(values)
+    kind = next((kind for kind in (bool, str, int, float) if isinstance(config, kind)), None)
+    return kind(config) if kind else config
+
+
+def is_plain(value, most: int = 1_000_000) -> bool:
+    """Whether a value is made of numbers, strings, lists, tuples and dicts alone, and of at most so many and characters."""
+    found, rest = 0, [value]
+    while rest and found <= most:
+        part = rest.pop()
+        found += 1 + (len(part) if type(part) is str else 0)
+        if type(part) in (list, tuple):
+            rest.extend(part)
+        elif type(part) is dict:
+            rest.extend([*part.keys(), *part.values()])
+        elif type(part) not in (str, int, float, bool, type(None)):
+            return False
+    return found <= most
 
 
 def channels_per_level(latent_channels: int | Sequence[int], levels: int) -> list[int]:
@@ -654,8 +703,8 @@ def check_flow(flow: int | None, c_z: int, size: Size, by_default: bool) -> int:
     possible = not size and c_z > 1
     if flow is None:
         return 24 if possible and by_default else 0
-    if not isinstance(flow, int) or isinstance(flow, bool) or flow < 0:
-        raise ValueError(f"flow: expected a whole number >= 0 or None, got {flow!r}")
+    if not isinstance(flow, int) or isinstance(flow, bool) or not 0 <= flow <= MOST_COUPLINGS:
+        raise ValueError(f"flow: expected a whole number from 0 to {MOST_COUPLINGS} or None, got {flow!r}")
     if flow and not possible:
         raise ValueError(f"flow={flow}: needs a z_L that is a vector of two numbers or more; end the last block with 'dense'")
     return flow

@@ -15,14 +15,22 @@ import threading
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import IO, Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+import parallel
 from model import HVAE
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MAGIC = b"hvae-state-2"  # the first word of state.pt; then the checksum, a line's end, and what torch.save wrote
+PARTS = {"config", "model", "average", "provenance", "began_with", "optimizer", "clip", "step", "seconds", "history",
+         "terms", "rng", "rng_cuda"}
 PATIENCE = 20  # steps in a row whose loss or gradient is not finite, before a run gives up
 
 
@@ -150,8 +158,15 @@ def load_state(path: Path, run: Run) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """What a state file holds. Raises as read_content."""
-    return torch.load(io.BytesIO(read_content(path)), map_location="cpu", weights_only=True)
+    """What a state file holds. Raises as read_content; ValueError also if it is something else with a right checksum."""
+    content = read_content(path)
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # what is in it may fail in many ways
+        raise ValueError(f"{path}: not a training state ({type(error).__name__})") from None
+    if not isinstance(state, dict) or not state.keys() >= PARTS:
+        raise ValueError(f"{path}: not a training state")
+    return state
 
 
 def read_content(path: Path) -> bytes:
@@ -184,6 +199,32 @@ def has_state(path: Path) -> bool:
     return path.exists() or previous(path).exists()
 
 
+def holds_run(out: Path) -> bool:
+    """Whether training into this folder would overwrite a run, or a model without one."""
+    return has_state(out / "state.pt") or (out / "hvae.pt").exists()
+
+
+def lock(out: Path) -> IO:
+    """Keeps other processes from training into the same folder, until the file that is returned is closed.
+
+    The system closes it when the process ends, however it ends. (A lock of this kind is not passed on to data workers.)
+
+    Raises:
+        ValueError: another process has it.
+        OSError: the folder cannot be written to.
+    """
+    file = open(out / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"{out} is in use by another training") from None
+    except OSError:  # some network drives know no locks
+        pass
+    return file
+
+
 def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
@@ -201,6 +242,16 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
         new.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written ({error})") from None
+
+
+def saved_on_failure(batches: Iterable, path: Path, run: Run) -> Iterator:
+    """The batches; when they fail (a file is gone, a data worker killed), the leader saves the state before the error goes on."""
+    try:
+        yield from batches
+    except Exception:
+        if run.step and parallel.rank() == 0:
+            save_state(path, run)
+        raise
 
 
 # ------------------------------------------------------------------------------------------------ metrics.csv

@@ -19,8 +19,8 @@ import copy
 import math
 import os
 import sys
-import tempfile
 import time
+from numbers import Real
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -35,8 +35,9 @@ import parallel
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
 from flow import fit
 from generate import save_figures, test_images, usual_temperature
-from model import CONFIGS, ELBO, HVAE, Normal, has_bf16, lower_half, out_of_memory, per_level, pick_device
-from runs import Interruption, Run, has_state, load_state, read_csv, replace, save_state, shield_worker, strike, write_csv
+from model import CONFIGS, ELBO, HVAE, Normal, has_bf16, is_plain, lower_half, out_of_memory, per_level, pick_device
+from runs import (Interruption, Run, has_state, holds_run, load_state, lock, read_csv, replace, save_state, saved_on_failure,
+                  shield_worker, strike, write_csv)
 
 VERSION = "1.0"  # of this code, written into every checkpoint
 
@@ -114,9 +115,11 @@ def train(
         FloatingPointError: naming the term of the ELBO that stayed NaN or infinite for many steps.
     """
     check_seed(seed)
-    check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every)
+    check_whole(1, steps=steps, batch_size=batch_size, beta_steps=beta_steps, eval_every=eval_every, log_every=log_every)
+    check_whole(0, warmup=warmup, workers=workers)
+    lr, beta_start, closed_share, top_share, ema = check_numbers(lr, beta_start, closed_share, top_share, ema)
     out = Path(out)
-    if has_state(out / "state.pt") and not resume:
+    if holds_run(out) and not resume:
         raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
     device = parallel.join(device)
     leads = parallel.rank() == 0
@@ -126,15 +129,18 @@ def train(
     dataset = CaptchaDataset(1_000_000) if dataset is None else dataset
     train_set, val_set = (dataset, val_dataset) if val_dataset is not None else hold_out(dataset, seed)
     model = model_for(dataset) if model is None else model
-    check_fit(model, train_set, batch_size)
+    check_batch(train_set, batch_size)
+    check_fit(model, train_set)
+    check_fit(model, val_set)
+    if not is_plain([model.provenance, getattr(dataset, "description", None)]):
+        raise ValueError("the data set's description holds something other than numbers, strings, lists and dicts of them")
     closed_levels = check_closed(model, closed_levels)
     closed_first, closed_then = (parallel.share(closings(model, batch_size, closed_levels, closed_share, share)).to(device)
                                  for share in (top_share, 0.0))
     free_nats = torch.tensor(check_free(model, free_nats), device=device)
     model.to(device).train()
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):  # if the folder cannot be written to, now is the time to know
-        pass
+    alone = lock(out) if leads else None  # noqa: F841, held to the end; also, can the folder be written to?
 
     forward = parallel.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -145,6 +151,8 @@ def train(
         if not model.provenance:  # fresh weights
             model.set_output_level(torch.stack([train_set[i][0] for i in range(min(64, len(train_set)))]).to(device))
         run.average.load_state_dict(model.state_dict())
+    if run.step > steps:
+        raise ValueError(f"{out} holds {run.step} steps, more than steps={steps}")
     if not parallel.agree(run.step, device):
         raise ValueError(f"{out}: the processes find different states in it; do all of them share that folder?")
 
@@ -156,7 +164,7 @@ def train(
     bar = tqdm(loader, initial=run.step, total=steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1,
                disable=not leads)
     with Interruption() as stop:
-        for x, y in bar:
+        for x, y in saved_on_failure(bar, out / "state.pt", run):
             if parallel.size() > 1:  # every process its own noise, and again the same after an interruption
                 torch.manual_seed((seed * 1_000_003 + run.step) * parallel.size() + parallel.rank())
             x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -186,6 +194,9 @@ def train(
                 bar.set_postfix_str(describe(row, len(model.levels)))
             if checkpoint and leads:
                 metrics = evaluate(run.average, val_set, batch_size=batch_size, binarise=binarise, bf16=bf16)
+                if not math.isfinite(metrics["elbo"]):
+                    raise FloatingPointError(f"step {run.step}: the held-out ELBO is {metrics['elbo']}: the weights are ruined, "
+                                             "or a held-out image is broken; what was saved before is untouched")
                 row.update(held_out_columns(metrics))
                 run.average.provenance = provenance(dataset, run, batch_size, binarise, metrics, device)
                 write_files(out, run, seed, keep)
@@ -449,21 +460,30 @@ def model_for(dataset: Dataset, **arguments) -> HVAE:
 
 def check_seed(seed: int) -> None:
     """Raises ValueError unless every number that is derived from this seed is one that torch takes."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")
 
 
-def check_numbers(steps, batch_size, lr, beta_start, beta_steps, closed_share, top_share, ema, eval_every, log_every) -> None:
-    """Raises ValueError naming the first argument of train() that is out of range."""
-    whole = dict(steps=steps, batch_size=batch_size, beta_steps=beta_steps, eval_every=eval_every, log_every=log_every)
-    for name, value in whole.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-    for name, value, fits in [("lr", lr, 0 < lr < math.inf), ("beta_start", beta_start, 0 < beta_start < math.inf),
-                              ("closed_share", closed_share, 0 <= closed_share < 1),
-                              ("top_share", top_share, 0 <= top_share <= 1), ("ema", ema, 0 <= ema < 1)]:
-        if not fits:
-            raise ValueError(f"{name}: {value!r} is out of range")
+def check_whole(least: int, **values) -> None:
+    """Raises ValueError naming the first value that is not a whole number from `least` up."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: expected a whole number from {least} up, got {value!r}")
+
+
+def check_numbers(lr, beta_start, closed_share, top_share, ema) -> list[float]:
+    """The same as plain numbers, which the state of a run can hold.
+
+    Raises:
+        ValueError: naming the first that is out of range.
+    """
+    ranges = {"lr": (lr, lambda n: 0 < n < math.inf), "beta_start": (beta_start, lambda n: 0 < n < math.inf),
+              "closed_share": (closed_share, lambda n: 0 <= n < 1), "top_share": (top_share, lambda n: 0 <= n <= 1),
+              "ema": (ema, lambda n: 0 <= n < 1)}
+    for name, (value, fits) in ranges.items():
+        if not (isinstance(value, Real) and fits(value)):
+            raise ValueError(f"{name}: {value!r} is not a number in its range")
+    return [float(value) for value, _ in ranges.values()]
 
 
 def check_free(model: HVAE, free_nats: float | Sequence[float] | None) -> list[float]:
@@ -478,18 +498,24 @@ def check_closed(model: HVAE, closed_levels: int | None) -> int:
     most = levels - 1 if model.top_down else 0
     if closed_levels is None:
         return min(lower_half(levels), most)
-    if not 0 <= closed_levels <= most:
+    if not isinstance(closed_levels, int) or not 0 <= closed_levels <= most:
         raise ValueError(f"closed_levels: a {model.config['inference']} model of {levels} levels can close up to {most}, "
                          f"got {closed_levels}")
     return closed_levels
 
 
-def check_fit(model: HVAE, dataset: Dataset, batch_size: int) -> None:
-    """Raises ValueError if the data set is too small for a batch, or its images or texts are not the model's."""
+def check_batch(dataset: Dataset, batch_size: int) -> None:
+    """Raises ValueError if the training set is too small for a batch, or that cannot be shared by the processes."""
     if batch_size % parallel.size():
         raise ValueError(f"batch_size: {batch_size} images cannot be shared evenly by {parallel.size()} processes")
     if len(dataset) < batch_size:
         raise ValueError(f"the training set has {len(dataset)} images, fewer than batch_size={batch_size}")
+
+
+def check_fit(model: HVAE, dataset: Dataset) -> None:
+    """Raises ValueError if a data set is empty, or its images or texts are not the model's."""
+    if len(dataset) == 0:
+        raise ValueError("the data set has no images")
     image, label = dataset[0]
     if tuple(image.shape) != model.input_shape:
         raise ValueError(f"the data's images are {tuple(image.shape)}, the model's {model.input_shape}")
@@ -527,7 +553,7 @@ def provenance(dataset: Dataset, run: Run, batch_size: int, binarise: bool, metr
     began = run.model.provenance
     before = {name: began.get(name, 0) for name in ("steps", "images_seen", "seconds")}
     return {"version": VERSION, "torch": str(torch.__version__),
-            "data": getattr(dataset, "description", type(dataset).__name__), "binarised": binarise,
+            "data": getattr(dataset, "description", type(dataset).__name__), "binarised": bool(binarise),
             "steps": before["steps"] + run.step, "images_seen": before["images_seen"] + run.step * batch_size,
             "seconds": before["seconds"] + round(run.seconds), "device": str(device), "cpus": os.cpu_count(),
             "held_out": metrics, "began_with": began}
@@ -626,16 +652,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train_and_draw(args)
         parallel.leave()
     except (ValueError, OSError, FloatingPointError, OverflowError) as error:
-        parser.error((str(error) or type(error).__name__).splitlines()[-1])  # a worker sends its traceback, which ends so
+        parser.error(one_line(error))
     except KeyboardInterrupt:
         sys.exit(f"interrupted; go on with --out {args.out} --resume")
     except (RuntimeError, MemoryError) as error:
         first = (str(error) or "MemoryError").splitlines()[0]
         if out_of_memory(error):
             parser.error(f"not enough memory: {first}")
+        if "DataLoader worker" in first:  # one that was killed, or ran out of memory
+            sys.exit(f"{first}; go on with --out {args.out} --resume")
         if parallel.size() == 1:
             raise
         sys.exit(f"another process of this run is gone ({first}); go on with --out {args.out} --resume")
+
+
+def one_line(error: Exception) -> str:
+    """Its message; of an error from a data worker, which sends its traceback, the last line."""
+    text = str(error) or type(error).__name__
+    return " ".join((text.splitlines()[-1] if text.startswith("Caught ") else text).split())
 
 
 def train_and_draw(args: argparse.Namespace) -> None:
@@ -661,10 +695,12 @@ def train_and_draw(args: argparse.Namespace) -> None:
 
 def save_fitted_prior(args: argparse.Namespace) -> None:
     """--fit-prior: writes OUT/hvae.pt."""
+    if holds_run(Path(args.out)):
+        raise ValueError(f"{args.out} holds a run, whose model would be lost; choose another folder with --out")
     torch.manual_seed(args.seed)
     data_set = make_dataset(args)
     model = load_with_flow(args.fit_prior, args).to(pick_device(args.device))
-    check_fit(model, data_set, 1)
+    check_fit(model, data_set)
     binarise = model.provenance.get("binarised", False)
     model = fit_prior(model, data_set, workers=args.workers, seed=args.seed, binarise=binarise)
     metrics = evaluate(model, hold_out(data_set, args.seed)[1], binarise=binarise)

@@ -2,11 +2,13 @@
 
 import hashlib
 import math
+import os
 import pickle
 import random
 import secrets
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import captcha.image
@@ -298,6 +300,14 @@ def test_a_cache_without_space_is_refused(tmp_path):
         CaptchaDataset(10**12, cache=tmp_path)
 
 
+def test_a_sparse_cache_needs_the_space_that_it_has_not_taken_yet(tmp_path, monkeypatch):
+    make = lambda: CaptchaDataset(10_000, image_size=(16, 32), cache=tmp_path)
+    make()[0]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=10**6))
+    with pytest.raises(OSError, match="cache"):
+        make()
+
+
 # ------------------------------------------------------------------------------------------------ images on disk
 
 
@@ -443,6 +453,20 @@ def test_bad_files_of_a_folder_are_skipped_once_and_named(tmp_path):
     messages = [str(w.message) for w in warned]
     assert all(sum(name in message for message in messages) == 1 for name in bad)
     assert all(image.shape == (3, 50, 50) and decode_text(label) == "A7" for image, label in folder)
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    """Whatever a file calls itself, no other program gets to see it."""
+    script = tmp_path / "bin" / "gs"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path / 'run'}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(ValueError, match="a.png: not a readable image"):
+        CaptchaFolder(tmp_path / "in")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["A7_cut.png", "A7_flipped.png", "A7_huge.png", "A7_empty.png"])

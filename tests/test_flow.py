@@ -113,7 +113,7 @@ def test_which_models_have_a_flow(arguments, couplings):
     assert all(level.flow is None for level in model.levels[:-1])
 
 
-@pytest.mark.parametrize("arguments", [{"flow": -1}, {"flow": 1.5}, {"flow": True}, {"flow": "6"},
+@pytest.mark.parametrize("arguments", [{"flow": -1}, {"flow": 1.5}, {"flow": True}, {"flow": "6"}, {"flow": 10**8},
                                        {"flow": 2, "inner_config": [[("res", 4)]]}, {"flow": 2, "latent_channels": 1}])
 def test_impossible_flows(arguments):
     with pytest.raises(ValueError, match="flow"):

@@ -342,7 +342,7 @@ def test_sample_sheet(kind):
     assert torch.equal(image, make_grid(model.sample(5, None, generate.usual_temperature(model), seeded()), nrow=3, pad_value=1))
 
 
-@pytest.mark.parametrize("wrong, match", [({"n": 0}, "n must be"), ({"n": -1}, "n must be"), ({"n": 4097}, "--individual"),
+@pytest.mark.parametrize("wrong, match", [({"n": 0}, "n must be"), ({"n": -1}, "n must be"), ({"n": "3"}, "n must be"), ({"n": 4097}, "--individual"),
                                           ({"text": "?"}, r"'\?'"), ({"temperature": -1.0}, "temperature"),
                                           ({"temperature": math.nan}, "nan")])
 def test_sample_sheet_refuses(wrong, match):

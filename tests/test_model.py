@@ -1,7 +1,9 @@
 import math
 import os
 import pickle
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -682,9 +684,56 @@ def test_forged_files_are_refused(tmp_path):
                    dict(config={"inner_config": [[("upsample", 10**6)]]}), dict(config={"text_length": 10**9}),
                    dict(config={"sigma": 10**400}), dict(config={"latent_channels": 10**9}), dict(config={"input_channels": 10**12}),
                    dict(provenance=["a list"]), dict(more=bias), {"to_image.bias": bias * math.nan},
-                   {"to_image.bias": bias + math.inf}, {"to_image.bias": bias[:0]}):
+                   {"to_image.bias": bias + math.inf}, {"to_image.bias": bias[:0]}, {"to_image.bias": 1e300 * bias.double().exp()},
+                   dict(provenance={"steps": "many"}), dict(provenance={"seconds": [1]}), dict(provenance={1j: 0}),
+                   dict(config={"outer_config": [("pool", 1)] * 10**5}), dict(more=torch.zeros(1).expand(10**9))):
         forged(path, **change)
         refused(path)
+
+
+def test_forged_nests_are_refused(tmp_path):
+    nest = []
+    for _ in range(12):  # a file of a few kilobytes, a text of terabytes
+        nest = [nest] * 10
+    content = {"config": tiny().config, "weights": tiny().state_dict(), "provenance": {"nest": nest}, "checksum": ""}
+    torch.save({"format": "hvae-1", **content}, tmp_path / "nest.pt")
+    refused(tmp_path / "nest.pt")
+
+
+def test_compressed_files_are_refused(tmp_path):
+    tiny().save(tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "packed.pt", "w") as packed:
+        for part in plain.infolist():
+            packed.writestr(part.filename, plain.read(part), zipfile.ZIP_DEFLATED)
+    refused(tmp_path / "packed.pt")
+
+
+def test_forged_order_of_a_flow_is_refused(tmp_path):
+    vector_top = dict(inner_config=[[("dense", 6)]], latent_channels=(2, 4), flow=2)
+    model = tiny(**vector_top)
+    model.levels[-1].flow.order[1, 0] = 999
+    model.save(tmp_path / "model.pt")
+    refused(tmp_path / "model.pt")
+
+
+def test_file_keeps_what_load_can_read(tmp_path):
+    model = tiny(likelihood=np.str_("bernoulli"))
+    model.save(tmp_path / "model.pt")
+    assert HVAE.load(tmp_path / "model.pt").config == model.config
+    model.provenance = {"folder": tmp_path}
+    with pytest.raises(ValueError, match="provenance"):
+        model.save(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("outer, inner", [([("conv", 8, 2)], [[("dense", 1)], [("dense", 4)]]),
+                                          ([("conv", 4, 8), ("res", 4)], []), ([("conv", 1, 8), ("res", 1)], [])])
+def test_levels_of_single_values(outer, inner):
+    """Normalised alone, a value would always be 0, and torch refuses one image of them."""
+    model = HVAE(outer, inner, (8, 8), 1, 2, likelihood="bernoulli", text_length=None)
+    x = torch.rand(1, 1, 8, 8)
+    (-model(x).elbo.sum()).backward()
+    assert all(p.grad.abs().sum() > 0 for block in model.inference for p in block.parameters())
+    assert model.eval().sample(1).shape == x.shape
 
 
 def test_output_level_overlooks_broken_images():

@@ -97,7 +97,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
     two = in_two_processes(short_run_and_one_astray, tmp_path)
     assert all("share that folder" in message for _, _, message in two)
     assert all(torch.equal(a, b) for a, b in zip(two[0][0].values(), two[1][0].values()))  # no process drifts away
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["hvae.pt", "loss.png", "metrics.csv", "samples.png",
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "hvae.pt", "loss.png", "metrics.csv", "samples.png",
                                                                     "state.previous.pt", "state.pt"]
     assert [row["images"] for row in two[0][1]] == [20, 40]
     assert [row["images"] for row in short_run(15)[1]] == [20, 40, 60]

@@ -1,5 +1,7 @@
 """Runs survive: kills, damaged files, full disks, numbers that are none."""
 
+import hashlib
+import io
 import os
 import random
 import resource
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset
 import parallel
 import trainer
 from model import HVAE
-from runs import Interruption, read_csv, read_state, replace
+from runs import MAGIC, Interruption, read_csv, read_state, replace
 from test_trainer import assert_same_run, bars, fit, same, tiny, undrawn, without_seconds  # noqa: F401
 
 SCRIPT = """
@@ -132,6 +134,29 @@ def test_damaged_state_falls_back_to_the_previous_one(damage, tmp_path):
     with pytest.warns(UserWarning, match="state.pt.*going on from state.previous.pt, step 4"):
         fit(tmp_path / "cut", steps=12, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("content", [[1], {"step": 4}, {"step": Path("x")}])
+def test_other_content_with_a_right_checksum_falls_back(content, tmp_path):
+    for step in (4, 8):
+        stop_at(tmp_path, step)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    checksum = hashlib.sha256(buffer.getvalue()).hexdigest().encode()
+    (tmp_path / "state.pt").write_bytes(MAGIC + b" " + checksum + b"\n" + buffer.getvalue())
+    with pytest.warns(UserWarning, match="not a training state.*step 4"):
+        fit(tmp_path, steps=12, resume=True)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    process = start(tmp_path, steps=100_000)
+    wait_for_step(tmp_path, process, 5)
+    with pytest.raises(ValueError, match="in use by another training"):
+        fit(tmp_path, resume=True, steps=100_000)
+    process.kill()
+    process.communicate()
+    step = read_state(tmp_path / "state.pt")["step"]
+    fit(tmp_path, resume=True, steps=step + 1)  # as soon as the other one is gone
 
 
 def test_saving_after_a_fallback_keeps_the_good_state(tmp_path):

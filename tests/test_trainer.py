@@ -3,10 +3,13 @@ import csv
 import functools
 import inspect
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -24,7 +27,7 @@ from trainer import batches, evaluate, fit_prior, hold_out, learning_rate, loss_
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
 FIGURES = ["interpolation.png", "levels.png", "originals.png", "prior_vs_aggregate.png", "reconstructions.png",
            "temperatures.png"]
-FILES = ["hvae.pt", "loss.png", "metrics.csv", "samples.png", "state.pt"]
+FILES = [".lock", "hvae.pt", "loss.png", "metrics.csv", "samples.png", "state.pt"]
 
 
 def tiny(**arguments):
@@ -314,6 +317,7 @@ def test_resume_after_the_data_failed(tmp_path):
     with pytest.raises(OSError, match="the disk is gone"):
         fit(tmp_path / "cut", dataset=Unplugged(reads), val_dataset=val_set)
     assert [row["step"] for row in read_csv(tmp_path / "cut" / "metrics.csv")] == [2, 4]
+    assert read_state(tmp_path / "cut" / "state.pt")["step"] == 6  # saved on the way out
     fit(tmp_path / "cut", val_dataset=val_set, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -377,6 +381,51 @@ def test_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="resume"):
         fit(tmp_path, steps=2)
     assert (tmp_path / "state.pt").read_bytes() == before
+
+
+def test_model_without_a_run_is_not_overwritten(tmp_path):
+    tiny().save(tmp_path / "hvae.pt")
+    with pytest.raises(ValueError, match="another folder"):
+        fit(tmp_path, steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["hvae.pt"]
+
+
+def test_resume_with_fewer_steps_than_there_are(tmp_path):
+    fit(tmp_path, steps=4)
+    with pytest.raises(ValueError, match="holds 4 steps, more than steps=3"):
+        fit(tmp_path, steps=3, resume=True)
+
+
+def test_numbers_of_numpy_do_not_spoil_the_files(tmp_path):
+    fit(tmp_path, steps=4, lr=np.float64(1e-3), beta_start=np.float32(2), ema=np.float64(0.9), binarise=np.bool_(True))
+    assert HVAE.load(tmp_path / "hvae.pt").provenance["binarised"] is True
+    assert len(fit(tmp_path, steps=6, resume=True)[1]) == 3
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(val_dataset=TensorDataset(torch.zeros(0, 1, 8, 12), torch.zeros(0, 0))), "no images"),
+    (dict(val_dataset=TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4, 0))), r"\(1, 8, 8\)"),
+    (dict(warmup=math.nan), "warmup"), (dict(lr="fast"), "lr"), (dict(ema=None), "ema"), (dict(seed=True), "seed"),
+    (dict(closed_levels=0.5), "closed_levels"), (dict(workers=0.5), "workers")])
+def test_nothing_is_begun_that_would_fail_later(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_description_that_no_file_can_keep(tmp_path):
+    dataset = bars()
+    dataset.description = {"folder": tmp_path}  # a Path
+    with pytest.raises(ValueError, match="description"):
+        fit(tmp_path / "out", dataset=dataset)
+
+
+def test_ruined_weights_are_not_saved(tmp_path):
+    fit(tmp_path, steps=4)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FloatingPointError, match="step 8: the held-out ELBO"):
+        fit(tmp_path, steps=40, lr=1e30, warmup=1, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_resume_with_another_architecture(tmp_path):
@@ -1006,9 +1055,25 @@ def test_command_line_fits_the_prior(small, tmp_path, monkeypatch):
     fitted = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert fitted.config == {**model.config, "flow": 2} and fitted.provenance["prior_fit"]["steps"] == 2
     assert not (tmp_path / "out" / "state.pt").exists()
-    with pytest.raises(SystemExit):
-        trainer.main(small + ["--fit-prior", str(tmp_path / "model.pt")])
+    before = (tmp_path / "out" / "hvae.pt").read_bytes()
+    for options in (["--out", str(tmp_path / "other")], ["--flow", "2"]):  # no flow to fit; a model is there already
+        with pytest.raises(SystemExit):
+            trainer.main(small + ["--fit-prior", str(tmp_path / "model.pt"), *options])
+    assert (tmp_path / "out" / "hvae.pt").read_bytes() == before
 
+
+def test_command_line_outlives_a_killed_worker(small, tmp_path, monkeypatch):
+    class Killed(Unplugged):
+        def __getitem__(self, i):
+            if torch.utils.data.get_worker_info() and self.reads <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+            self.reads -= 1
+            return self.bars[i]
+
+    monkeypatch.setattr(trainer, "make_dataset", lambda args: Killed(60))
+    with pytest.raises(SystemExit, match="DataLoader worker.*--resume"):
+        trainer.main(small + ["--workers", "1", "--steps", "40"])
+    assert read_state(tmp_path / "out" / "state.pt")["step"] > 0
 
 def test_command_line_seed_sets_the_weights(small, tmp_path):
     models = []
@@ -1025,7 +1090,7 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
     (["--lr", "-1"], "lr"), (["--closed-levels", "9"], "closed_levels"), (["--inference", "sideways"], "--inference"),
     (["--inference", "bottom-up", "--closed-levels", "1"], "closed_levels"), (["--sigma", "-1"], "sigma"),
     (["--mixtures", "0"], "mixtures"), (["--flow", "2"], "flow"), (["--length", "3"], "3 symbols"), (["--size", "0", "5"], "image_size"),
-    (["--charset", ""], "charset"), (["--workers", "-1"], "num_workers"), (["--eval-every", "0"], "eval_every"),
+    (["--charset", ""], "charset"), (["--workers", "-1"], "workers"), (["--eval-every", "0"], "eval_every"),
     (["--folder", "no/such/folder"], "no/such/folder"), (["--device", "toaster"], "toaster"), (["--device", "meta"], "meta"),
     (["--seed", "-1"], "seed"), (["--seed", str(2**64)], "seed"), (["--wings"], "--wings"),
     (["--folder", "", "--images", "0"], "images"), (["--folder", "", "--images", str(10**20)], "int"),
