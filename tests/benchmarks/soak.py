@@ -29,8 +29,9 @@ SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 def start(out: Path, steps: int, evaluate: int) -> subprocess.Popen:
     command = [sys.executable, "trainer.py", "--size", "16", "48", "--images", "4000", "--batch-size", "8", "--device", "cpu",
                "--steps", str(steps), "--eval-every", str(evaluate), "--out", str(out), "--resume"]
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells turn off in what runs in the background
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+                            start_new_session=True, preexec_fn=heed)
 
 
 def struck(out: Path, steps: int, evaluate: int, longest: float) -> dict[str, int]:
@@ -43,7 +44,11 @@ def struck(out: Path, steps: int, evaluate: int, longest: float) -> dict[str, in
         except subprocess.TimeoutExpired:
             number = random.choice(SIGNALS)
             os.killpg(process.pid, number)
-            process.communicate()
+            try:
+                process.communicate(timeout=120)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                sys.exit(f"the run went on for two minutes after {number.name}")
             strikes[number.name] += 1
             continue
         if process.returncode:
