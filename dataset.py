@@ -34,7 +34,7 @@ from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from blocks import MOST_PIXELS
+from blocks import MOST_PIXELS, pixels
 from model import DIGITS, UPPERCASE
 
 SPLITS = ("train", "val", "test")
@@ -160,7 +160,7 @@ class CaptchaDataset(Dataset):
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         if not is_size(image_size, MIN_SIDE):
             raise ValueError(f"image_size: expected (height, width) of at least {MIN_SIDE} pixels, got {image_size!r}")
-        if image_size[0] * image_size[1] > MOST_PIXELS:
+        if pixels(image_size) > MOST_PIXELS:
             raise ValueError(f"image_size: {image_size[0]}x{image_size[1]} has more than {MOST_PIXELS:,} pixels")
         if not whole(text_length, 1):
             raise ValueError(f"text_length: expected a positive whole number, got {text_length!r}")
@@ -558,7 +558,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.n < 1:
         parser.error(f"argument --n: expected at least 1, got {args.n}")
-    if not args.export and args.n * max(args.size[0] * args.size[1], 1) > SHEET_PIXELS:
+    if not args.export and args.n * max(pixels(args.size), 1) > SHEET_PIXELS:
         parser.error(f"argument --n: {args.n} images are too many for one sheet; --export writes any number")
     try:
         dataset = CaptchaDataset(args.n, args.split, tuple(args.size), args.length, args.charset, args.seed, args.fonts)

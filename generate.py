@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text
+from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text, whole
 from model import HVAE, Normal, lower_half, out_of_memory, per_level, pick_device
 
 CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
@@ -71,7 +71,7 @@ def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature:
 
 
 def check_n(n: int) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+    if not whole(n, 1):
         raise ValueError(f"n must be at least 1, a whole number; got {n!r}")
 
 

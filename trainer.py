@@ -32,7 +32,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import parallel
-from dataset import MNIST, CaptchaDataset, CaptchaFolder
+from dataset import MNIST, CaptchaDataset, CaptchaFolder, whole
 from flow import fit
 from generate import save_figures, test_images, usual_temperature
 from model import CONFIGS, ELBO, HVAE, Normal, has_bf16, is_plain, lower_half, out_of_memory, per_level, pick_device
@@ -467,7 +467,7 @@ def check_seed(seed: int) -> None:
 def check_whole(least: int, **values) -> None:
     """Raises ValueError naming the first value that is not a whole number from `least` up."""
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not whole(value, least):
             raise ValueError(f"{name}: expected a whole number from {least} up, got {value!r}")
 
 
