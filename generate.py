@@ -19,7 +19,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text, whole
-from model import HVAE, Normal, lower_half, out_of_memory, per_level, pick_device
+from model import HVAE, Normal, keep_memory, lower_half, out_of_memory, per_level, pick_device
 
 CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
                "mnist": Path(__file__).resolve().parent / "checkpoints" / "mnist.pt"}
@@ -340,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"argument --n: expected at least 1, got {args.n}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: expected a number from 0 to 2^63 - 1, got {args.seed}")
+    keep_memory()
     try:
         model = HVAE.load(args.checkpoint or CHECKPOINTS[args.data], pick_device(args.device))
         if args.figures:

@@ -75,9 +75,9 @@ class Logistic:
     def __init__(self, parameters: Tensor, c: int, mixtures: int):
         self.parameters = parameters
         b, _, h, w = parameters.shape
-        params = parameters.view(b, mixtures, -1, h, w)
-        self.log_pi = params[:, :, 0].log_softmax(1)  # (B, K, H, W)
-        mean, log_scale, coeff = params[:, :, 1:].split([c, c, c * (c - 1) // 2], dim=2)  # (B, K, ., H, W)
+        params = parameters.contiguous().view(b, mixtures, -1, h, w)  # of channels-last maps all below is slower by half
+        pi, mean, log_scale, coeff = params.split([1, c, c, c * (c - 1) // 2], dim=2)  # (B, K, ., H, W)
+        self.log_pi = pi[:, :, 0].log_softmax(1)  # (B, K, H, W)
         self.mean = 2 * from_logits(mean) - 1
         self.log_scale = log_scale.clamp(-7, 7)
         self.coeff = SLOPE * (coeff / SLOPE).tanh()

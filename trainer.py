@@ -35,7 +35,8 @@ import parallel
 from dataset import MNIST, CaptchaDataset, CaptchaFolder, whole
 from flow import fit
 from generate import save_figures, test_images, usual_temperature
-from model import CONFIGS, ELBO, HVAE, Normal, has_bf16, is_plain, lower_half, out_of_memory, per_level, pick_device
+from model import (CONFIGS, ELBO, HVAE, Normal, has_bf16, is_plain, keep_memory, lower_half, out_of_memory, per_level,
+                   pick_device)
 from runs import (Interruption, Run, has_state, holds_run, load_state, lock, read_csv, replace, save_state, saved_on_failure,
                   shield_worker, strike, write_csv)
 
@@ -125,6 +126,7 @@ def train(
     leads = parallel.rank() == 0
     bf16 = has_bf16(device) if bf16 is None else bf16
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and mean nothing here
+    keep_memory()
     torch.manual_seed(seed)
     dataset = CaptchaDataset(1_000_000) if dataset is None else dataset
     train_set, val_set = (dataset, val_dataset) if val_dataset is not None else hold_out(dataset, seed)
@@ -641,6 +643,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser, args = parse(arguments)
+    keep_memory()
     try:
         check_seed(args.seed)
         if args.evaluate:

@@ -17,7 +17,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from model import INNER_CONFIG, LATENT_CHANNELS, HVAE, pick_device  # noqa: E402
+from model import INNER_CONFIG, LATENT_CHANNELS, HVAE, keep_memory, pick_device  # noqa: E402
 from speed import rate, training_step  # noqa: E402
 
 SAME_SIZE = [("res", 128)]
@@ -60,6 +60,7 @@ def sampling(size: tuple[int, int], batch: int, levels: int, device: torch.devic
 
 
 def peak_and_rate(work, batch: int, device: torch.device, seconds: float) -> tuple[float, float]:
+    keep_memory()
     per_second = rate(batch, work, seconds)
     return peak(device), per_second
 

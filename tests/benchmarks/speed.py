@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import CaptchaDataset  # noqa: E402
-from model import HVAE, has_bf16, pick_device  # noqa: E402
+from model import HVAE, has_bf16, keep_memory, pick_device  # noqa: E402
 from trainer import loss_terms  # noqa: E402
 
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "L4": 121}  # bfloat16 TFLOP/s without sparsity, from the data sheets
@@ -76,6 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     device, batch = pick_device(args.device), args.batch_size
     torch.set_flush_denormal(True)
+    keep_memory()
     print(f"device {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batches of {batch}")
     renders = CaptchaDataset(1_000_000)
     print(f"rendering, one process              {rate(batch, lambda: [renders[i] for i in range(batch)]):8.0f} images/s")
