@@ -21,7 +21,7 @@ import threading
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Sequence
+from typing import NoReturn, Sequence
 
 import captcha.image
 import numpy as np
@@ -543,7 +543,7 @@ def export(dataset: CaptchaDataset, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Renders CAPTCHAs: a sheet of them, or with --export a folder of single images."
+        usage="%(prog)s [options]", description="Renders CAPTCHAs: a sheet of them, or with --export a folder of single images."
     )
     option = parser.add_argument
     option("--out", default="captchas.png", metavar="FILE", help="the sheet, 4 images in a row (%(default)s)")
@@ -569,7 +569,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_image(torch.stack([image for image, _ in dataset]), args.out, nrow=4, pad_value=1)
             print(f"{args.n} images on {args.out}")
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refuse(parser, one_line(error))
+
+
+def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Ends a command line with status 2 and one line that says what is wrong, without the usage."""
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
+def one_line(error: Exception) -> str:
+    """Its message; of an error from a data worker, which sends its traceback, the last line."""
+    text = str(error) or type(error).__name__
+    return " ".join((text.splitlines()[-1] if text.startswith("Caught ") else text).split())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text, whole
+from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text, one_line, refuse, whole
 from model import HVAE, Normal, keep_memory, lower_half, out_of_memory, per_level, pick_device
 
 CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
@@ -319,8 +319,8 @@ def first_images(model: HVAE, dataset: Dataset, n: int) -> tuple[Tensor, Tensor 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draws captchas with a trained HVAE.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Draws captchas with a trained HVAE.")
     option = parser.add_argument
     option("--data", choices=tuple(CHECKPOINTS), default="captcha", help="which shipped checkpoint and test images")
     option("--root", default="data", metavar="DIR", help="where MNIST is, or is downloaded to; for --figures")
@@ -353,11 +353,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_image(sample_sheet(model, args.n, args.text, args.temperature, args.seed), args.out)
             print(f"{args.n} samples on {args.out}")
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refuse(parser, one_line(error))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        parser.error("not enough memory")
+        refuse(parser, "not enough memory")
 
 
 def test_images(model: HVAE, data: str = "captcha", root: str | Path = "data", most: int | None = None) -> Dataset:

@@ -32,7 +32,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import parallel
-from dataset import MNIST, CaptchaDataset, CaptchaFolder, whole
+from dataset import MNIST, CaptchaDataset, CaptchaFolder, one_line, refuse, whole
 from flow import fit
 from generate import save_figures, test_images, usual_temperature
 from model import (CONFIGS, ELBO, HVAE, Normal, has_bf16, is_plain, keep_memory, lower_half, out_of_memory, per_level,
@@ -576,8 +576,8 @@ def describe(row: dict, levels: int) -> str:
 
 def make_parser(config: str) -> argparse.ArgumentParser:
     """The command line, with the defaults of one of CONFIGS."""
-    parser = argparse.ArgumentParser(description="Trains an HVAE on rendered captchas, on MNIST or on a folder of images.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Trains an HVAE on rendered captchas, on MNIST or on a folder of images.")
     data = parser.add_argument_group("data").add_argument
     data("--data", choices=("captcha", "mnist"), default="captcha", help="rendered captchas, or handwritten digits")
     data("--folder", metavar="DIR", help="train on the images in this folder instead")
@@ -655,24 +655,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train_and_draw(args)
         parallel.leave()
     except (ValueError, OSError, FloatingPointError, OverflowError) as error:
-        parser.error(one_line(error))
+        refuse(parser, one_line(error))
     except KeyboardInterrupt:
         sys.exit(f"interrupted; go on with --out {args.out} --resume")
     except (RuntimeError, MemoryError) as error:
         first = (str(error) or "MemoryError").splitlines()[0]
         if out_of_memory(error):
-            parser.error(f"not enough memory: {first}")
+            refuse(parser, f"not enough memory: {first}")
         if "DataLoader worker" in first:  # one that was killed, or ran out of memory
             sys.exit(f"{first}; go on with --out {args.out} --resume")
         if parallel.size() == 1:
             raise
         sys.exit(f"another process of this run is gone ({first}); go on with --out {args.out} --resume")
-
-
-def one_line(error: Exception) -> str:
-    """Its message; of an error from a data worker, which sends its traceback, the last line."""
-    text = str(error) or type(error).__name__
-    return " ".join((text.splitlines()[-1] if text.startswith("Caught ") else text).split())
 
 
 def train_and_draw(args: argparse.Namespace) -> None:

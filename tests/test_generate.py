@@ -258,16 +258,20 @@ def test_figures_of_an_unconditional_model(unconditional, monkeypatch):
 
 
 def check_refused(arguments, culprit, folder, capsys):
-    """Exit status 2, the usage and one line that names the culprit, and no file or folder."""
+    """Exit status 2 and one line that names the culprit, after the usage at most, and no file or folder."""
     before = written(folder)
     with pytest.raises(SystemExit) as error:
         generate.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
-    lines = err.splitlines()
+    *usage, line = err.splitlines()
     assert error.value.code == 2 and out == ""
     assert written(folder) == before
-    assert lines[0].startswith("usage: ") and ": error: " in lines[-1] and err.count("error: ") == 1
-    assert culprit in lines[-1].split(": error: ")[1]
+    assert usage in ([], ["usage: " + line.split(": error: ")[0] + " [options]"]) and err.count("error: ") == 1
+    assert culprit in line.split(": error: ")[1]
+
+
+def test_a_name_of_two_lines_is_refused_on_one(here, capsys):
+    check_refused(["--checkpoint", "no such\nfile.pt"], "no such file.pt", here, capsys)
 
 
 @pytest.mark.parametrize("n", ["0", "-3", "2.5", "many"])
