@@ -69,32 +69,40 @@ class Logistic:
 
     A true probability: it sums to one over the 256^(C H W) images. Per mixture component the map holds one weight, C
     means on the scale of `logits`, C log scales, and C (C - 1) / 2 coefficients: a channel's mean moves with what the
-    channels before it (R -> G -> B) turn out to be beyond their own means, by up to SLOPE times as much.
+    channels before it (R -> G -> B) turn out to be beyond their own means, by up to SLOPE times as much. With
+    `neighbours` 4 C more coefficients a pixel let its means move, in the same way, with what is left to explain at the
+    four pixels next to it that come earlier in reading order. The mean image does not change with either.
     """
 
-    def __init__(self, parameters: Tensor, c: int, mixtures: int):
+    def __init__(self, parameters: Tensor, c: int, mixtures: int, neighbours: bool = False):
         self.parameters = parameters
-        b, _, h, w = parameters.shape
-        params = parameters.contiguous().view(b, mixtures, -1, h, w)  # of channels-last maps all below is slower by half
-        pi, mean, log_scale, coeff = params.split([1, c, c, c * (c - 1) // 2], dim=2)  # (B, K, ., H, W)
+        b, total, h, w = parameters.shape
+        own, near = self.channels(c, mixtures), 4 * c * neighbours
+        mixture, near = parameters.contiguous().split([own, near], dim=1)  # of channels-last maps all below is slower by half
+        pi, mean, log_scale, coeff = mixture.view(b, mixtures, -1, h, w).split([1, c, c, c * (c - 1) // 2], dim=2)
         self.log_pi = pi[:, :, 0].log_softmax(1)  # (B, K, H, W)
-        self.mean = 2 * from_logits(mean) - 1
+        self.mean = 2 * from_logits(mean) - 1  # (B, K, C, H, W)
         self.log_scale = log_scale.clamp(-7, 7)
         self.coeff = SLOPE * (coeff / SLOPE).tanh()
+        self.near = SLOPE * (near / SLOPE).tanh().view(b, 4, c, h, w) if neighbours else None
 
     @staticmethod
-    def channels(c: int, mixtures: int) -> int:
-        return mixtures * (1 + 2 * c + c * (c - 1) // 2)
+    def channels(c: int, mixtures: int, neighbours: bool = False) -> int:
+        return mixtures * (1 + 2 * c + c * (c - 1) // 2) + 4 * c * neighbours
 
-    def means_given(self, x: Tensor) -> Tensor:
-        """Means (B, K, C, H, W), each moved by x (B, C, H, W), in [-1, 1], in the channels before it."""
+    def beyond_means(self, x: Tensor) -> Tensor:
+        """What x (B, C, H, W), in [-1, 1], is beyond each component's mean given all that comes before, (B, K, C, H, W)."""
         beyond = x[:, None] - self.mean
-        means, first = [], 0
+        rest, first = [], 0
         for channel in range(x.shape[1]):
             coeff = self.coeff[:, :, first : first + channel]
-            means.append(self.mean[:, :, channel] + (coeff * beyond[:, :, :channel]).sum(2))
+            rest.append(beyond[:, :, channel] - (coeff * beyond[:, :, :channel]).sum(2))
             first += channel
-        return torch.stack(means, dim=2)
+        rest = torch.stack(rest, dim=2)
+        if self.near is None:
+            return rest
+        unexplained = (self.log_pi.exp()[:, :, None] * rest).sum(1)
+        return rest - (self.near * earlier(unexplained)).sum(1)[:, None]
 
     @property
     def image(self) -> Tensor:
@@ -103,7 +111,7 @@ class Logistic:
 
     def log_prob(self, x: Tensor) -> Tensor:
         x = 2 * (255 * x).round() / 255 - 1
-        centred = x[:, None] - self.means_given(x)
+        centred = self.beyond_means(x)
         inverse = (-self.log_scale).exp()
         upper, lower = inverse * (centred + 1 / 255), inverse * (centred - 1 / 255)  # edges of x's bin
         # log(s(u) - s(l)) = log(1 - e^(l-u)) + log s(u) + log s(-l), exact however small the difference; u - l is the
@@ -113,3 +121,10 @@ class Logistic:
         log_p = torch.where(edge < -0.999, F.logsigmoid(upper),  # the outermost bins reach to infinity
                             torch.where(edge > 0.999, F.logsigmoid(-lower), inside))
         return torch.logsumexp(self.log_pi + log_p.sum(2), dim=1).flatten(1).sum(1)
+
+
+def earlier(t: Tensor) -> Tensor:
+    """t (B, C, H, W) at the pixels above left, above, above right and left of each, (B, 4, C, H, W); 0 outside the image."""
+    h, w = t.shape[2:]
+    t = F.pad(t, (1, 1, 1, 0))
+    return torch.stack([t[:, :, :h, :w], t[:, :, :h, 1:-1], t[:, :, :h, 2:], t[:, :, 1:, :w]], dim=1)

@@ -46,7 +46,7 @@ CONFIGS = {
     # for bits/dim: a true probability of 8-bit images, most of it in the 15x40 map that tells where edges are
     "captcha-logistic": dict(outer_config=[("conv", 48, 2), ("conv", 64, 2), ("res", 64)],
                              inner_config=[[("conv", 128, 2), ("res", 128)], [("conv", 32), ("dense", 128)]],
-                             latent_channels=(8, 8, 32), likelihood="logistic", mixtures=2, flow=0),
+                             latent_channels=(8, 8, 32), likelihood="logistic", mixtures=2, neighbours=True, flow=0),
     # the flat VAE of many a first course: three convolutions, a dense layer, a latent plane
     "mnist-vae": dict(outer_config=[("conv", 32), ("conv", 32), ("conv", 64, 2), ("dense", 128)], inner_config=[],
                       latent_channels=2, inference="bottom-up", **BINARY_DIGITS),
@@ -198,6 +198,7 @@ class HVAE(nn.Module):
         likelihood: 'gaussian', 'bernoulli' or 'logistic'.
         sigma: of the gaussian, for images in [-1, 1]; None learns it.
         mixtures: components of the logistic.
+        neighbours: of the logistic, whether a pixel's distribution depends on the four before it too; see `Logistic`.
         flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector; None is 24 for such a top
             of a ladder, and otherwise 0, which keeps N(0, I).
         text_length, charset: condition on texts of that length; text_length=None is the unconditional model.
@@ -217,6 +218,7 @@ class HVAE(nn.Module):
         likelihood: str = "gaussian",
         sigma: float | None = 0.4,
         mixtures: int = 1,
+        neighbours: bool = False,
         flow: int | None = None,
         text_length: int | None = 4,
         charset: str = DIGITS + UPPERCASE,
@@ -229,7 +231,7 @@ class HVAE(nn.Module):
         self.top_down = inference == "top-down"
         self.input_shape = (input_channels, *input_size)
         self.text_length, self.charset = text_length, self.config["charset"]
-        self.likelihood, self.mixtures = likelihood, mixtures
+        self.likelihood, self.mixtures, self.neighbours = likelihood, mixtures, neighbours
         self.provenance: dict = {}  # where the weights come from; travels with save() and load()
 
         up, down = self.plan_blocks()
@@ -273,7 +275,7 @@ class HVAE(nn.Module):
 
         outer = mirror(up[0])
         c_x = {"bernoulli": Bernoulli.channels, "gaussian": Gaussian.channels,
-               "logistic": lambda c: Logistic.channels(c, self.mixtures)}[self.likelihood](c)
+               "logistic": lambda c: Logistic.channels(c, self.mixtures, self.neighbours)}[self.likelihood](c)
         if outer[-1].kind == "convt":  # the mirror's last convolution yields p(x|z_1)'s parameters as they are
             last = outer.pop()
         else:
@@ -380,7 +382,7 @@ class HVAE(nn.Module):
             return Bernoulli(parameters)
         if self.likelihood == "gaussian":
             return Gaussian(parameters, self.log_sigma)
-        return Logistic(parameters, self.input_shape[0], self.mixtures)
+        return Logistic(parameters, self.input_shape[0], self.mixtures, self.neighbours)
 
     @torch.no_grad()
     def set_output_level(self, x: Tensor) -> None:
@@ -395,7 +397,7 @@ class HVAE(nn.Module):
         elif self.likelihood == "gaussian":
             self.to_image.bias.copy_(2 * mean - 1)
         else:
-            bias = self.to_image.bias.view(self.mixtures, -1)
+            bias = self.to_image.bias[: Logistic.channels(c, self.mixtures)].view(self.mixtures, -1)
             bias[:, 1 : 1 + c] = logits(mean if self.mixtures == 1 else quantiles(x, self.mixtures))
             bias[:, 1 + c : 1 + 2 * c] = -1.5  # a scale that spans the differences between pixels
             bias[:, 1 + 2 * c :] = 0
@@ -726,7 +728,7 @@ def check_flow(flow: int | None, c_z: int, size: Size, by_default: bool) -> int:
 
 
 def check_arguments(outer_config, inner_config, input_size, input_channels, latent_channels, inference, likelihood,
-                    sigma, mixtures, flow, text_length, charset) -> None:
+                    sigma, mixtures, neighbours, flow, text_length, charset) -> None:
     """Raises ValueError naming the first argument that cannot be right; the configs are checked by plan()."""
     positive = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
     if not (isinstance(input_size, (tuple, list)) and len(input_size) == 2 and all(map(positive, input_size))):
@@ -742,6 +744,8 @@ def check_arguments(outer_config, inner_config, input_size, input_channels, late
         raise ValueError(f"inference: expected 'top-down' or 'bottom-up', got {inference!r}")
     if likelihood not in ("gaussian", "bernoulli", "logistic"):
         raise ValueError(f"likelihood: expected 'gaussian', 'bernoulli' or 'logistic', got {likelihood!r}")
+    if not isinstance(neighbours, bool) or neighbours and likelihood != "logistic":
+        raise ValueError(f"neighbours: expected True or False, True with likelihood='logistic' alone, got {neighbours!r}")
     if sigma is not None and not (isinstance(sigma, (int, float)) and 0 < sigma < 1e30):
         raise ValueError(f"sigma: expected a positive number or None, got {sigma!r}")
     if text_length is not None and not positive(text_length):

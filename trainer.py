@@ -281,6 +281,22 @@ def with_flow(model: HVAE, couplings: int) -> HVAE:
     return changed
 
 
+def with_neighbours(model: HVAE) -> HVAE:
+    """The same model of the same images, whose pixels' means can be taught to move with their neighbours'.
+
+    Raises:
+        ValueError: its likelihood is not the logistic.
+    """
+    changed = HVAE(**{**model.config, "neighbours": True})
+    weights = model.state_dict()
+    more = changed.to_image.out_channels - model.to_image.out_channels
+    weights["to_image.weight"] = torch.nn.functional.pad(weights["to_image.weight"], (0, 0, 0, 0, 0, more))
+    weights["to_image.bias"] = torch.nn.functional.pad(weights["to_image.bias"], (0, more))
+    changed.load_state_dict(weights)
+    changed.provenance = model.provenance
+    return changed
+
+
 def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float | Tensor, closed: Tensor):
     """The loss of a batch and, for the record, its terms as numbers.
 
@@ -598,6 +614,9 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     made("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z_1); default: as in the config")
     made("--sigma", type=float, help="of the gaussian, for images in [-1, 1]; default: as in the config")
     made("--mixtures", type=int, help="components of the logistic; default: as in the config")
+    made("--neighbours", action=argparse.BooleanOptionalAction,
+         help="of the logistic: a pixel's distribution depends on the four before it too; default: as in the config; "
+         "can be added to --init")
     made("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I); default: 24 for a ladder with a vector on top; "
          "with --init or --fit-prior, a fresh one")
     made("--unconditional", action="store_true", help="leave the texts unused")
@@ -696,7 +715,7 @@ def save_fitted_prior(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} holds a run, whose model would be lost; choose another folder with --out")
     torch.manual_seed(args.seed)
     data_set = make_dataset(args)
-    model = load_with_flow(args.fit_prior, args).to(pick_device(args.device))
+    model = load_changed(args.fit_prior, args).to(pick_device(args.device))
     check_fit(model, data_set)
     binarise = model.provenance.get("binarised", False)
     model = fit_prior(model, data_set, workers=args.workers, seed=args.seed, binarise=binarise)
@@ -724,22 +743,23 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
 
 def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """The checkpoint to begin with, or the config that the command line names, with its changes, fitted to the data."""
-    changes = {name: getattr(args, name) for name in ("inference", "likelihood", "sigma", "mixtures", "flow")}
+    changes = {name: getattr(args, name) for name in ("inference", "likelihood", "sigma", "mixtures", "neighbours", "flow")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.unconditional:
         changes["text_length"] = None
-    settled = [name for name in changes if name != "flow"]
+    settled = [name for name, value in changes.items() if name not in ("neighbours", "flow") or value is False]
     if args.init and settled:
         raise ValueError(f"the checkpoint of --init settles the architecture, including its {', '.join(settled)}")
     if args.init:
-        return load_with_flow(args.init, args)
+        return load_changed(args.init, args)
     shape_free = {k: v for k, v in CONFIGS[args.config].items() if k not in ("input_size", "input_channels", "text_length")}
     return model_for(dataset, **{**shape_free, **changes})
 
 
-def load_with_flow(path: str, args: argparse.Namespace) -> HVAE:
-    """A checkpoint, with a fresh flow if the command line names its couplings."""
+def load_changed(path: str, args: argparse.Namespace) -> HVAE:
+    """A checkpoint, with what the command line adds to it: a fresh flow, a likelihood that looks at neighbours."""
     model = HVAE.load(path)
+    model = with_neighbours(model) if args.neighbours else model
     return model if args.flow is None else with_flow(model, args.flow)
 
 

@@ -22,32 +22,43 @@ def sigmoid(t):
     return float(torch.tensor(t, dtype=torch.float64).sigmoid())
 
 
-def logistic_reference(parameters, x, mixtures):
+def mass(centred, scale, value):
+    """A discretised logistic's probability of a value in [-1, 1] that is `centred` above its mean, from its CDF."""
+    low = -math.inf if value == -1 else (centred - 1 / 255) / scale
+    high = math.inf if value == 1 else (centred + 1 / 255) / scale
+    if low > 0:  # the same mass from the other tail, where float64 has digits left
+        low, high = -high, -low
+    return sigmoid(high) - sigmoid(low)
+
+
+def logistic_reference(parameters, x, mixtures, neighbours=False):
     """log p(x) per image in float64, value by value, from CDF differences."""
     b, c, h, w = x.shape
+    own = Logistic.channels(c, mixtures)
     total = torch.zeros(b, dtype=torch.float64)
     for n in range(b):
+        unexplained = {}  # by pixel; what is outside the image is as expected
         for i in range(h):
             for j in range(w):
-                block = parameters[n, :, i, j].double().view(mixtures, -1)
+                block = parameters[n, :own, i, j].double().view(mixtures, -1)
+                near = 4 * (parameters[n, own:, i, j].double().view(-1, c) / 4).tanh()
                 values = [2 * round(255 * float(v)) / 255 - 1 for v in x[n, :, i, j]]
-                density = 0.0
+                before = [unexplained.get(place, [0.0] * c) for place in [(i - 1, j - 1), (i - 1, j), (i - 1, j + 1), (i, j - 1)]]
+                moved = [sum(float(a[k]) * t[k] for a, t in zip(near, before)) for k in range(c)] if neighbours else [0.0] * c
+                density, left = 0.0, [0.0] * c
                 for k in range(mixtures):
-                    p = float(block[:, 0].softmax(0)[k])
+                    p = weight = float(block[:, 0].softmax(0)[k])
                     raw, scale, a = block[k, 1 : 1 + c], block[k, 1 + c : 1 + 2 * c], 4 * (block[k, 1 + 2 * c :] / 4).tanh()
                     mean = [2 * (sigmoid(2 * float(m)) - 1 / 64) / (1 - 1 / 32) - 1 for m in raw]
                     beyond = [value - m for value, m in zip(values, mean)]
                     shift = [0.0] if c == 1 else [0.0, a[0] * beyond[0], a[1] * beyond[0] + a[2] * beyond[1]]
                     for channel in range(c):
+                        rest = float(beyond[channel] - shift[channel])
+                        left[channel] += weight * rest
                         s = math.exp(min(max(float(scale[channel]), -7), 7))
-                        centred = values[channel] - float(mean[channel] + shift[channel])
-                        edges = [(centred - 1 / 255) / s, (centred + 1 / 255) / s]
-                        low = -math.inf if values[channel] == -1 else edges[0]
-                        high = math.inf if values[channel] == 1 else edges[1]
-                        if low > 0:  # the same mass from the other tail, where float64 has digits left
-                            low, high = -high, -low
-                        p *= sigmoid(high) - sigmoid(low)
+                        p *= mass(rest - moved[channel], s, values[channel])
                     density += p
+                unexplained[i, j] = left
                 total[n] += math.log(density)
     return total
 
@@ -86,27 +97,55 @@ def test_logistic_marginals_over_the_last_channel(mixtures, seed, r, g):
     torch.testing.assert_close(rg_summed, log_p([0, 1, 4], fixed[None, :1])[0], atol=1e-6, rtol=1e-6)
 
 
+@stable
+@given(seed=st.integers(0, 10**6), h=st.integers(1, 3), w=st.integers(1, 3))
+def test_the_last_pixel_with_its_neighbours_sums_to_one(seed, h, w):
+    """Summed over its values what is left is p of the pixels before it, on which its own parameters have no bearing."""
+    channels = Logistic.channels(1, 2, neighbours=True)
+    parameters = random_parameters(seed, 1, channels, h, w, 1.0).double()
+    x = torch.randint(256, (1, 1, h, w), generator=torch.Generator().manual_seed(seed)).double() / 255
+    x = x.repeat(256, 1, 1, 1)
+    x[:, 0, -1, -1] = LEVELS.double()
+    marginals = []
+    for other in (0, 1):
+        parameters[..., -1, -1] += other
+        log_p = Logistic(parameters.expand(256, -1, h, w), 1, 2, neighbours=True).log_prob(x)
+        marginals.append(log_p.logsumexp(0).item())
+    assert marginals[0] == pytest.approx(marginals[1], abs=1e-9)
+    if h == w == 1:
+        assert marginals[0] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("h, w", [(1, 2), (2, 1)])
+def test_two_grey_pixels_sum_to_one(h, w):
+    parameters = random_parameters(7, 1, Logistic.channels(1, 2, neighbours=True), h, w).expand(256**2, -1, h, w)
+    x = torch.cartesian_prod(LEVELS, LEVELS).view(-1, 1, h, w)
+    log_p = Logistic(parameters, 1, 2, neighbours=True).log_prob(x)
+    assert log_p.double().logsumexp(0).item() == pytest.approx(0, abs=2e-4)
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("c, mixtures", [(1, 1), (1, 3), (3, 1), (3, 3)])
-def test_logistic_against_a_reference(c, mixtures):
-    parameters = random_parameters(c, 3, Logistic.channels(c, mixtures), 2, 3, 1.0)
+def test_logistic_against_a_reference(c, mixtures, neighbours):
+    parameters = random_parameters(c, 3, Logistic.channels(c, mixtures, neighbours), 2, 3, 1.0)
     x = torch.randint(256, (3, c, 2, 3), generator=torch.Generator().manual_seed(1)) / 255
     x[0], x[1, :, 0] = 0, 1  # the outermost bins too
-    expected = logistic_reference(parameters, x, mixtures)
-    torch.testing.assert_close(Logistic(parameters, c, mixtures).log_prob(x).double(), expected, atol=2e-3, rtol=1e-4)
-    exact = Logistic(parameters.double(), c, mixtures).log_prob(x.double())
+    expected = logistic_reference(parameters, x, mixtures, neighbours)
+    torch.testing.assert_close(Logistic(parameters, c, mixtures, neighbours).log_prob(x).double(), expected, atol=2e-3, rtol=1e-4)
+    exact = Logistic(parameters.double(), c, mixtures, neighbours).log_prob(x.double())
     torch.testing.assert_close(exact, expected, atol=1e-8, rtol=1e-8)
 
 
 @pytest.mark.parametrize("extreme", [1e4, 1e6])
 @pytest.mark.parametrize("image", IMAGES)
-@pytest.mark.parametrize("mixtures", [1, 3])
-def test_logistic_is_finite_with_finite_gradients(mixtures, image, extreme):
-    channels = Logistic.channels(3, mixtures)
+@pytest.mark.parametrize("mixtures, neighbours", [(1, False), (3, False), (2, True)])
+def test_logistic_is_finite_with_finite_gradients(mixtures, neighbours, image, extreme):
+    channels = Logistic.channels(3, mixtures, neighbours)
     signs = torch.randint(2, (2, channels, 4, 5), generator=torch.Generator().manual_seed(2)) * 2.0 - 1
     for parameters in (extreme * signs, torch.full_like(signs, extreme), torch.full_like(signs, -extreme), 0 * signs,
                        random_parameters(3, 2, channels, 4, 5)):
         parameters.requires_grad_()
-        p = Logistic(parameters, 3, mixtures)
+        p = Logistic(parameters, 3, mixtures, neighbours)
         log_p = p.log_prob(IMAGES[image])
         log_p.sum().backward()
         assert log_p.shape == (2,) and log_p.isfinite().all()
@@ -137,7 +176,7 @@ def test_green_follows_what_red_turns_out_to_be():
         p = Logistic(parameters, 3, 1)
         torch.testing.assert_close(p.image[0, :, 0, 0], torch.tensor([0.6, 0.5, 0.5]))
         x = torch.tensor([0.3, 0.0, 0.0]).view(1, 3, 1, 1)  # red is 0.1 more, on the scale of [-1, 1]
-        torch.testing.assert_close(p.means_given(x).flatten(), torch.tensor([0.2, 0.1 * coefficient, 0.0]))
+        torch.testing.assert_close((x - p.beyond_means(x)).flatten(), torch.tensor([0.2, 0.1 * coefficient, 0.0]))
 
 
 @stable

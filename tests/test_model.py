@@ -251,6 +251,19 @@ def test_set_output_level_starts_at_the_images_mean(likelihood):
     assert model(x).elbo.mean() > before
 
 
+@pytest.mark.parametrize("inference", MODES)
+def test_neighbours_make_images_likelier_and_leave_the_mean_image(inference):
+    """Their coefficients have gradients, and the mean image that is drawn has nothing to do with them."""
+    model = tiny(inference, likelihood="logistic", input_channels=3, mixtures=2, neighbours=True)
+    x, _ = batch(model)
+    model(x).elbo.mean().backward()
+    gradients = model.to_image.weight.grad[:, -12:]
+    assert gradients.flatten(2).abs().sum(2).all()
+    before = model.sample(2, generator=torch.Generator().manual_seed(0))
+    model.to_image.weight.data[:, -12:] += 1
+    assert torch.equal(model.sample(2, generator=torch.Generator().manual_seed(0)), before)
+
+
 def test_mixtures_start_apart():
     """Each component of the logistic at another of the images' values, so that they need not part by chance."""
     paper, ink = torch.tensor([0.9, 1.0, 0.8]), torch.tensor([0.2, 0.1, 0.6])
@@ -541,6 +554,7 @@ BAD_ARGUMENTS = {
     "likelihood": ["laplace", None],
     "sigma": [0, -0.1, math.nan, math.inf, 10**400, "0.2"],
     "mixtures": [0, 1.5, None],
+    "neighbours": [1, None, "yes", True],  # True is for the logistic alone
     "text_length": [0, -4, 4.0, True],
     "charset": ["", "AAB", None, 36],
 }

@@ -17,7 +17,7 @@ from torchvision.utils import save_image
 
 import parallel
 import trainer
-from dataset import CaptchaDataset, CaptchaFolder
+from dataset import CaptchaDataset, CaptchaFolder, make_loader
 from model import HVAE
 from runs import Clipper, read_state
 from trainer import batches, evaluate, fit_prior, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
@@ -932,7 +932,7 @@ def test_csv_is_a_plain_table(tmp_path):
 # ------------------------------------------------------------------------------------------------ command line
 
 OPTIONS = """--data --folder --skip-bad --root --config --init --binarise --keep --size --length --charset --fonts --images --cache
-    --workers --inference --likelihood --sigma --mixtures --flow --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats --closed-levels
+    --workers --inference --likelihood --sigma --mixtures --neighbours --flow --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats --closed-levels
     --closed-share --top-share --ema --eval-every --device --seed --out --resume --fit-prior --evaluate --importance-samples""".split()
 
 
@@ -993,10 +993,10 @@ def test_command_line_keeps_every_model(small, tmp_path):
 
 def test_command_line_model_options(small, tmp_path):
     trainer.main(small + ["--length", "2", "--unconditional", "--inference", "bottom-up", "--likelihood", "logistic",
-                          "--mixtures", "2", "--size", "8", "12"])
+                          "--mixtures", "2", "--neighbours", "--size", "8", "12"])
     model = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert (model.input_shape, model.text_length) == ((3, 8, 12), None)
-    assert (model.top_down, model.likelihood, model.mixtures) == (False, "logistic", 2)
+    assert (model.top_down, model.likelihood, model.mixtures, model.neighbours) == (False, "logistic", 2, True)
 
 
 def test_command_line_on_captchas(small, tmp_path, monkeypatch):
@@ -1045,6 +1045,22 @@ def test_command_line_begins_with_a_checkpoint(small, tmp_path, capsys):
         trainer.main(small + init[-2:] + ["--out", str(tmp_path / "other")])
 
 
+def test_command_line_adds_neighbours_to_a_checkpoint(small, tmp_path):
+    """They change nothing until they are trained."""
+    model = tiny(input_size=(16, 32), input_channels=3, likelihood="logistic", mixtures=2).eval()
+    model.provenance = {"steps": 7}
+    model.save(tmp_path / "model.pt")
+    trainer.main(small + ["--init", str(tmp_path / "model.pt"), "--neighbours", "--lr", "1e-12"])
+    trained = HVAE.load(tmp_path / "out" / "hvae.pt")
+    assert trained.config == {**model.config, "neighbours": True} and trained.provenance["steps"] == 9
+    x, _ = next(iter(make_loader(CaptchaFolder(small[1]), 4)))
+    elbos = []
+    for either in (model, trained):
+        torch.manual_seed(0)
+        elbos.append(either(x).elbo)
+    torch.testing.assert_close(*elbos, rtol=1e-5, atol=1e-2)
+
+
 def test_command_line_fits_the_prior(small, tmp_path, monkeypatch):
     model = tiny(**VECTOR_TOP, flow=0, input_size=(16, 32), input_channels=3)
     model.save(tmp_path / "model.pt")
@@ -1083,14 +1099,15 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
     (["--steps", "0"], "steps"), (["--steps", "many"], "--steps"), (["--batch-size", "100"], "batch_size=100"),
     (["--lr", "-1"], "lr"), (["--closed-levels", "9"], "closed_levels"), (["--inference", "sideways"], "--inference"),
     (["--inference", "bottom-up", "--closed-levels", "1"], "closed_levels"), (["--sigma", "-1"], "sigma"),
-    (["--mixtures", "0"], "mixtures"), (["--flow", "2"], "flow"), (["--length", "3"], "3 symbols"), (["--size", "0", "5"], "image_size"),
+    (["--mixtures", "0"], "mixtures"), (["--neighbours"], "neighbours"), (["--flow", "2"], "flow"), (["--length", "3"], "3 symbols"), (["--size", "0", "5"], "image_size"),
     (["--charset", ""], "charset"), (["--workers", "-1"], "workers: expected a whole number"), (["--eval-every", "0"], "eval_every"),
     (["--folder", "no/such/folder"], "no/such/folder"), (["--device", "toaster"], "toaster"), (["--device", "meta"], "meta"),
     (["--seed", "-1"], "seed"), (["--seed", str(2**64)], "seed"), (["--wings"], "--wings"),
     (["--folder", "", "--images", "0"], "images"), (["--folder", "", "--images", str(10**20)], "int"),
     (["--folder", "", "--images", str(10**12), "--cache", "memory"], "shared memory"), (["--folder", "", "--length", "0"], "length"),
     (["--evaluate", "no/such/model.pt"], "no/such/model.pt"), (["--init", "no/such/model.pt"], "no/such/model.pt"),
-    (["--init", "some.pt", "--sigma", "1", "--unconditional"], "sigma, text_length"), (["--folder", "", "--fonts", "no.ttf"], "no.ttf")])
+    (["--init", "some.pt", "--sigma", "1", "--unconditional"], "sigma, text_length"),
+    (["--init", "some.pt", "--no-neighbours"], "neighbours"), (["--folder", "", "--fonts", "no.ttf"], "no.ttf")])
 def test_command_line_errors(options, message, small, capsys, monkeypatch):
     monkeypatch.setattr(trainer, "hold_out", functools.partial(hold_out, most=4))
     with pytest.raises(SystemExit) as stop:
