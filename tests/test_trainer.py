@@ -1047,7 +1047,7 @@ def test_command_line_begins_with_a_checkpoint(small, tmp_path, capsys):
 
 def test_command_line_adds_neighbours_to_a_checkpoint(small, tmp_path):
     """They change nothing until they are trained."""
-    model = tiny(input_size=(16, 32), input_channels=3, likelihood="logistic", mixtures=2).eval()
+    model = tiny(outer_config=[("conv", 4, 2)], input_size=(16, 32), input_channels=3, likelihood="logistic", mixtures=2).eval()
     model.provenance = {"steps": 7}
     model.save(tmp_path / "model.pt")
     trainer.main(small + ["--init", str(tmp_path / "model.pt"), "--neighbours", "--lr", "1e-12"])
