@@ -8,6 +8,7 @@ The functions return matplotlib figures, for notebooks; `path` also writes them 
 """
 
 import argparse
+from itertools import islice
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -24,7 +25,7 @@ from model import HVAE, Normal, keep_memory, lower_half, out_of_memory, per_leve
 CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
                "mnist": Path(__file__).resolve().parent / "checkpoints" / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
-SHEET = 4096  # most images on one sheet, which is in memory as a whole
+SHEET = 1024  # most images on one sheet, which is in memory as a whole; a multiple of BATCH
 Temperature = float | Sequence[float] | None  # for every level, or one each from z_1 up; None is `usual_temperature`
 TEXTURE, GLYPHS, TOP = 0.9, 0.3, 0.8  # usual temperatures of the lower half of the levels, the middle ones and z_L
 
@@ -65,9 +66,30 @@ def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature:
     """
     check_n(n)
     if n > SHEET:
-        raise ValueError(f"a sheet holds at most {SHEET} images, got {n}; --individual (save_individual) writes any number")
+        raise ValueError(f"a sheet holds at most {SHEET} images, got {n}; save_sheets and save_individual write any number")
     images = torch.cat([images for images, _ in sample_batches(model, n, text, temperature, seed)])
     return make_grid(images, nrow=columns or columns_for(model), padding=2, pad_value=1)
+
+
+def save_sheets(model: HVAE, path: str | Path, n: int, text: str | None = None, temperature: Temperature = None,
+                seed: int = 0) -> list[Path]:
+    """Writes n samples as sheets of at most SHEET: `path`, or NAME-001.png, NAME-002.png ... if it takes several.
+
+    Holds one sheet at a time in memory. Returns the paths.
+
+    Raises:
+        ValueError: n < 1, a bad temperature, or a text the model cannot draw.
+    """
+    check_n(n)
+    path, sheets = Path(path), -(-n // SHEET)
+    paths = [path] if sheets == 1 else [path.with_stem(f"{path.stem}-{i + 1:03d}") for i in range(sheets)]
+    batches = sample_batches(model, n, text, temperature, seed)
+    with tqdm(total=n, unit="image", disable=sheets == 1) as bar:
+        for path in paths:
+            images = torch.cat([images for images, _ in islice(batches, SHEET // BATCH)])
+            save_image(make_grid(images, nrow=columns_for(model), padding=2, pad_value=1), path)
+            bar.update(len(images))
+    return paths
 
 
 def check_n(n: int) -> None:
@@ -325,8 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--data", choices=tuple(CHECKPOINTS), default="captcha", help="which shipped checkpoint and test images")
     option("--root", default="data", metavar="DIR", help="where MNIST is, or is downloaded to; for --figures")
     option("--checkpoint", metavar="FILE", help="a file that HVAE.save wrote; default: the shipped one of --data")
-    option("--out", default="samples.png", metavar="FILE", help="the sheet of samples")
-    option("--n", type=int, default=32, help="number of images")
+    option("--out", default="samples.png", metavar="FILE", help="the sheet of samples; of several, their names begin so")
+    option("--n", type=int, default=32, help=f"number of images; more than {SHEET} are written as several sheets")
     option("--text", help="what to draw; by default a different text on every image")
     option("--temperature", type=float, nargs="+", metavar="T",
            help="times the priors' standard deviations, 0 gives the modes; one number, or one each from z_1 up; default: "
@@ -350,8 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_individual(model, args.individual, args.n, args.text, args.temperature, args.seed)
             print(f"{args.n} images in {args.individual}")
         else:
-            save_image(sample_sheet(model, args.n, args.text, args.temperature, args.seed), args.out)
-            print(f"{args.n} samples on {args.out}")
+            paths = save_sheets(model, args.out, args.n, args.text, args.temperature, args.seed)
+            print(f"{args.n} samples on {' to '.join(map(str, paths[:1] + paths[1:][-1:]))}")
     except (ValueError, OSError) as error:
         refuse(parser, one_line(error))
     except (RuntimeError, MemoryError) as error:

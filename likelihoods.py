@@ -76,7 +76,7 @@ class Logistic:
 
     def __init__(self, parameters: Tensor, c: int, mixtures: int, neighbours: bool = False):
         self.parameters = parameters
-        b, total, h, w = parameters.shape
+        b, _, h, w = parameters.shape
         own, near = self.channels(c, mixtures), 4 * c * neighbours
         mixture, near = parameters.contiguous().split([own, near], dim=1)  # of channels-last maps all below is slower by half
         pi, mean, log_scale, coeff = mixture.view(b, mixtures, -1, h, w).split([1, c, c, c * (c - 1) // 2], dim=2)

@@ -191,6 +191,20 @@ def test_default_checkpoint_does_not_depend_on_the_folder():
 # ------------------------------------------------------------------------------------------------ command line: files
 
 
+def test_many_samples_take_several_sheets(conditional, capsys, monkeypatch):
+    """The same images as on one, and never more than a sheet of them at once."""
+    arguments = ["--checkpoint", str(conditional), "--n", "150", "--seed", "2"]
+    expected = tiles(sheet(*arguments), 150)
+    capsys.readouterr()
+    monkeypatch.setattr(generate, "SHEET", 64)
+    generate.main([*arguments, "--out", "many.png"])
+    out, err = capsys.readouterr()
+    assert out == "150 samples on many-001.png to many-003.png\n" and "150/150" in err
+    assert written(Path.cwd()) == ["many-001.png", "many-002.png", "many-003.png", "sheet.png"]
+    found = [tiles(read_image(f"many-00{i}.png"), n) for i, n in ((1, 64), (2, 64), (3, 22))]
+    assert torch.equal(torch.cat(found), expected)
+
+
 def test_individual_files_are_those_of_the_sheet(conditional, capsys):
     arguments = ["--checkpoint", conditional, "--n", 70, "--seed", 4]  # one batch and a part of the next
     expected = tiles(sheet(*arguments), 70)
@@ -346,7 +360,7 @@ def test_sample_sheet(kind):
     assert torch.equal(image, make_grid(model.sample(5, None, generate.usual_temperature(model), seeded()), nrow=3, pad_value=1))
 
 
-@pytest.mark.parametrize("wrong, match", [({"n": 0}, "n must be"), ({"n": -1}, "n must be"), ({"n": "3"}, "n must be"), ({"n": 4097}, "--individual"),
+@pytest.mark.parametrize("wrong, match", [({"n": 0}, "n must be"), ({"n": -1}, "n must be"), ({"n": "3"}, "n must be"), ({"n": 1025}, "save_individual"),
                                           ({"text": "?"}, r"'\?'"), ({"temperature": -1.0}, "temperature"),
                                           ({"temperature": math.nan}, "nan")])
 def test_sample_sheet_refuses(wrong, match):
