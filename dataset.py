@@ -570,6 +570,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{args.n} images on {args.out}")
     except (ValueError, OSError) as error:
         refuse(parser, one_line(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

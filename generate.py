@@ -81,13 +81,13 @@ def save_sheets(model: HVAE, path: str | Path, n: int, text: str | None = None, 
         ValueError: n < 1, a bad temperature, or a text the model cannot draw.
     """
     check_n(n)
-    path, sheets = Path(path), -(-n // SHEET)
-    paths = [path] if sheets == 1 else [path.with_stem(f"{path.stem}-{i + 1:03d}") for i in range(sheets)]
+    path, paths = Path(path), []
     batches = sample_batches(model, n, text, temperature, seed)
-    with tqdm(total=n, unit="image", disable=sheets == 1) as bar:
-        for path in paths:
+    with tqdm(total=n, unit="image", disable=n <= SHEET) as bar:
+        for _ in range(0, n, SHEET):
             images = torch.cat([images for images, _ in islice(batches, SHEET // BATCH)])
-            save_image(make_grid(images, nrow=columns_for(model), padding=2, pad_value=1), path)
+            paths.append(path if n <= SHEET else path.with_stem(f"{path.stem}-{len(paths) + 1:03d}"))
+            save_image(make_grid(images, nrow=columns_for(model), padding=2, pad_value=1), paths[-1])
             bar.update(len(images))
     return paths
 
@@ -376,6 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{args.n} samples on {' to '.join(map(str, paths[:1] + paths[1:][-1:]))}")
     except (ValueError, OSError) as error:
         refuse(parser, one_line(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

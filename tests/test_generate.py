@@ -205,6 +205,16 @@ def test_many_samples_take_several_sheets(conditional, capsys, monkeypatch):
     assert torch.equal(torch.cat(found), expected)
 
 
+def test_interruption_is_one_line(conditional, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "save_image", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        generate.main(["--checkpoint", str(conditional), "--n", "1"])
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_individual_files_are_those_of_the_sheet(conditional, capsys):
     arguments = ["--checkpoint", conditional, "--n", 70, "--seed", 4]  # one batch and a part of the next
     expected = tiles(sheet(*arguments), 70)
