@@ -68,7 +68,7 @@ def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature:
     if n > SHEET:
         raise ValueError(f"a sheet holds at most {SHEET} images, got {n}; save_sheets and save_individual write any number")
     images = torch.cat([images for images, _ in sample_batches(model, n, text, temperature, seed)])
-    return make_grid(images, nrow=columns or columns_for(model), padding=2, pad_value=1)
+    return framed(images, columns or columns_for(model))
 
 
 def save_sheets(model: HVAE, path: str | Path, n: int, text: str | None = None, temperature: Temperature = None,
@@ -87,9 +87,14 @@ def save_sheets(model: HVAE, path: str | Path, n: int, text: str | None = None, 
         for _ in range(0, n, SHEET):
             images = torch.cat([images for images, _ in islice(batches, SHEET // BATCH)])
             paths.append(path if n <= SHEET else path.with_stem(f"{path.stem}-{len(paths) + 1:03d}"))
-            save_image(make_grid(images, nrow=columns_for(model), padding=2, pad_value=1), paths[-1])
+            save_image(framed(images, columns_for(model)), paths[-1])
             bar.update(len(images))
     return paths
+
+
+def framed(images: Tensor, columns: int) -> Tensor:
+    """Images (n, C, H, W) in rows with white between them, (3, H', W')."""
+    return make_grid(images, nrow=columns, padding=2, pad_value=1)
 
 
 def check_n(n: int) -> None:
@@ -402,7 +407,7 @@ def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_image(sample_sheet(model, 32), folder / "samples.png")
     originals, _, _ = first_images(model, test_set, 32)
-    save_image(make_grid(originals, nrow=columns_for(model), padding=2, pad_value=1), folder / "originals.png")
+    save_image(framed(originals, columns_for(model)), folder / "originals.png")
     plot_samples(model, path=folder / "temperatures.png")
     plot_reconstructions(model, test_set, path=folder / "reconstructions.png")
     plot_levels(model, test_set, path=folder / "levels.png")

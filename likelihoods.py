@@ -77,8 +77,8 @@ class Logistic:
     def __init__(self, parameters: Tensor, c: int, mixtures: int, neighbours: bool = False):
         self.parameters = parameters
         b, _, h, w = parameters.shape
-        own, near = self.channels(c, mixtures), 4 * c * neighbours
-        mixture, near = parameters.contiguous().split([own, near], dim=1)  # of channels-last maps all below is slower by half
+        parameters = parameters.contiguous()  # of channels-last maps all below is slower by half
+        mixture, near = parameters.tensor_split([self.channels(c, mixtures)], dim=1)
         pi, mean, log_scale, coeff = mixture.view(b, mixtures, -1, h, w).split([1, c, c, c * (c - 1) // 2], dim=2)
         self.log_pi = pi[:, :, 0].log_softmax(1)  # (B, K, H, W)
         self.mean = 2 * from_logits(mean) - 1  # (B, K, C, H, W)
@@ -101,13 +101,15 @@ class Logistic:
         rest = torch.stack(rest, dim=2)
         if self.near is None:
             return rest
-        unexplained = (self.log_pi.exp()[:, :, None] * rest).sum(1)
-        return rest - (self.near * earlier(unexplained)).sum(1)[:, None]
+        return rest - (self.near * earlier(self.average(rest))).sum(1)[:, None]
+
+    def average(self, values: Tensor) -> Tensor:
+        """The mean of (B, K, C, H, W) over the mixture's components, (B, C, H, W)."""
+        return (self.log_pi.exp()[:, :, None] * values).sum(1)
 
     @property
     def image(self) -> Tensor:
-        mean = (self.log_pi.exp()[:, :, None] * self.mean).sum(1)
-        return ((mean + 1) / 2).clamp(0, 1)
+        return ((self.average(self.mean) + 1) / 2).clamp(0, 1)
 
     def log_prob(self, x: Tensor) -> Tensor:
         x = 2 * (255 * x).round() / 255 - 1
