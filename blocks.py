@@ -123,7 +123,7 @@ def _parse(item: tuple, where: str, allowed: Sequence[str]) -> tuple[str, int, i
         raise ValueError(f"{where}: {kind!r} takes {'one or two numbers' if most == 2 else 'one number'}, got {len(args)}")
     lowest = 0 if kind.startswith("skip") else 1
     for arg in args:
-        if isinstance(arg, bool) or not isinstance(arg, int) or arg < lowest:
+        if not whole(arg, lowest):
             raise ValueError(f"{where}: expected {'a positive whole number' if lowest else 'a whole number >= 0'}, got {arg!r}")
     return kind, args[0], args[1] if len(args) == 2 else 1
 
@@ -237,6 +237,11 @@ def group_norm(groups: int, c: int, size: Size) -> nn.Module:
     return nn.GroupNorm(1 if c * pixels(size) == groups else groups, c)
 
 
+def whole(n, lowest: float = float("-inf")) -> bool:
+    """Whether n is a whole number, and not a truth value, from `lowest` up."""
+    return isinstance(n, int) and not isinstance(n, bool) and n >= lowest
+
+
 def pixels(size: Size) -> int:
     """Positions of a map of this size; 1 for a vector."""
     n = 1
@@ -245,6 +250,6 @@ def pixels(size: Size) -> int:
     return n
 
 
-def project(c_in: int, c_out: int, size: Size, kernel: int = 1) -> nn.Module:
+def project(c_in: int, c_out: int, size: Size) -> nn.Module:
     """A linear map between channels: a convolution for feature maps, nn.Linear for vectors."""
-    return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2) if size else nn.Linear(c_in, c_out)
+    return nn.Conv2d(c_in, c_out, 1) if size else nn.Linear(c_in, c_out)

@@ -34,7 +34,7 @@ from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from blocks import MOST_PIXELS, pixels
+from blocks import MOST_PIXELS, pixels, whole
 from model import DIGITS, UPPERCASE
 
 SPLITS = ("train", "val", "test")
@@ -466,10 +466,6 @@ def open_mnist(root: str | Path, train: bool) -> datasets.MNIST:
 # ------------------------------------------------------------------------------------------------ checks, loader
 
 
-def whole(n, lowest: float = float("-inf")) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool) and n >= lowest
-
-
 def are_whole(ns, lowest: float) -> bool:
     return isinstance(ns, (tuple, list)) and len(ns) > 0 and all(whole(n, lowest) for n in ns)
 
@@ -572,6 +568,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(parser, one_line(error))
     except KeyboardInterrupt:
         parser.exit(130, "interrupted\n")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds its default to an option's help; one that is None is told there in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text, one_line, refuse, whole
+from blocks import whole
+from dataset import MNIST, UNSAFE, CaptchaDataset, Help, decode_text, one_line, refuse
 from model import HVAE, Normal, keep_memory, lower_half, out_of_memory, per_level, pick_device
 
 CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
@@ -346,7 +347,7 @@ def first_images(model: HVAE, dataset: Dataset, n: int) -> tuple[Tensor, Tensor 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=Help,
                                      description="Draws captchas with a trained HVAE.")
     option = parser.add_argument
     option("--data", choices=tuple(CHECKPOINTS), default="captcha", help="which shipped checkpoint and test images")
@@ -356,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--n", type=int, default=32, help=f"number of images; more than {SHEET} are written as several sheets")
     option("--text", help="what to draw; by default a different text on every image")
     option("--temperature", type=float, nargs="+", metavar="T",
-           help="times the priors' standard deviations, 0 gives the modes; one number, or one each from z_1 up; default: "
+           help="times the priors' noise, 0 leaves none; one number, or one each from z_1 up; default: "
            f"{TOP} for the top level, {GLYPHS} for the middle and {TEXTURE} for the lowest ones")
     option("--seed", type=int, default=0, help="another seed gives other samples")
     option("--individual", metavar="DIR", help="write one file per image into this folder instead of a sheet")
@@ -389,7 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(parser, "not enough memory")
 
 
-def test_images(model: HVAE, data: str = "captcha", root: str | Path = "data", most: int | None = None) -> Dataset:
+def test_images(model: HVAE, data: str = "captcha", root: str | Path = "data", most: int | None = None,
+                fonts: Sequence[str] | None = None) -> Dataset:
     """Held-out images for a model: 512 captchas of the kind it draws, or MNIST's test set; or so many of them.
 
     Of MNIST evenly spaced ones: the first half of its test set is easier than the second.
@@ -399,7 +401,7 @@ def test_images(model: HVAE, data: str = "captcha", root: str | Path = "data", m
         n = len(test_set) if most is None else min(most, len(test_set))
         return torch.utils.data.Subset(test_set, [i * len(test_set) // n for i in range(n)])
     size = 512 if most is None else most
-    return CaptchaDataset(size, "test", model.input_shape[1:], model.text_length or 4, model.charset)
+    return CaptchaDataset(size, "test", model.input_shape[1:], model.text_length or 4, model.charset, fonts=fonts)
 
 
 def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:

@@ -1,6 +1,7 @@
-"""p(x|z_1): three ways to read the decoder's output map as a distribution over images.
+"""p(x|z): three ways to read the decoder's output map as a distribution over images.
 
-Every class is built from the map `parameters` (B, channels(C), H, W) and has `image`, its mean in [0, 1], and
+Every class is built from the map `parameters` (B, channels(C), H, W) and has `image`, its mean in [0, 1] (of the
+logistic, but for tails beyond 0 and 1), and
 `log_prob(x)`, in nats per image. Images x are (B, C, H, W) in [0, 1] throughout.
 """
 
@@ -71,7 +72,8 @@ class Logistic:
     means on the scale of `logits`, C log scales, and C (C - 1) / 2 coefficients: a channel's mean moves with what the
     channels before it (R -> G -> B) turn out to be beyond their own means, by up to SLOPE times as much. With
     `neighbours` 4 C more coefficients a pixel let its means move, in the same way, with what is left to explain at the
-    four pixels next to it that come earlier in reading order. The mean image does not change with either.
+    four pixels next to it that come earlier in reading order. `image` takes no notice of either: with one component what is
+    left to explain is zero in the mean, with more nearly so.
     """
 
     def __init__(self, parameters: Tensor, c: int, mixtures: int, neighbours: bool = False):

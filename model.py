@@ -1,12 +1,13 @@
 """HVAE: a hierarchical variational autoencoder with L latent levels, z_1 nearest the image and z_L at the top.
 
-    generation   p(x, z) = p(x|z_1) prod_l p(z_l | z_{l+1}) p(z_L)
-    inference    q(z|x)  = q(z_1|x) prod_l q(z_{l+1} | z_l)                  "bottom-up"
-                 q(z|x)  = q(z_L|x) prod_l q(z_l | z_{l+1..L}, x)            "top-down"
+    "top-down", a ladder       p(x, z) = p(x | z_{1..L}) prod_{l<L} p(z_l | z_{l+1..L}) p(z_L)
+                               q(z|x)  = q(z_L|x) prod_{l<L} q(z_l | z_{l+1..L}, x)
+    "bottom-up", a chain       p(x, z) = p(x | z_1) prod_{l<L} p(z_l | z_{l+1}) p(z_L)
+                               q(z|x)  = q(z_1|x) prod_{l<L} q(z_{l+1} | z_l)
 
-    -ELBO = reconstruction  -E log p(x|z_1)
+    -ELBO = reconstruction  -E log p(x|z)
           + prior matching   KL(q(z_L|.) || p(z_L))      p(z_L) = N(0, I), or a flow from it
-          + consistency      sum_{l<L} KL(q(z_l|.) || p(z_l|z_{l+1}))        all in nats per image
+          + consistency      sum_{l<L} KL(q(z_l|.) || p(z_l|.))              all in nats per image
 
 In the code a level's index is l - 1: `levels[0]` holds z_1.
 """
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import MOST_PIXELS, Block, Layer, Size, build, group_norm, mirror, pixels, plan, project
+from blocks import MOST_PIXELS, Block, Layer, Size, build, group_norm, mirror, pixels, plan, project, whole
 from flow import Flow, Flowed
 from likelihoods import Bernoulli, Gaussian, Logistic, logits
 
@@ -59,7 +60,7 @@ CONFIGS = {
 class ELBO(NamedTuple):
     """The terms of the evidence lower bound, per image, in nats."""
 
-    reconstruction: Tensor  # (B,)    -log p(x|z_1)
+    reconstruction: Tensor  # (B,)    -log p(x|z)
     kl: Tensor  # (B, L)  KL(q(z_l|.) || p(z_l|.)), column l-1 for z_l
     elbo: Tensor  # (B,)    -(reconstruction + sum of kl) <= log p(x)
     log_weight: Tensor  # (B,)    log p(x, z) - log q(z|x) of the z drawn; its mean is the ELBO too
@@ -135,7 +136,7 @@ class Level(nn.Module):
             zeros = torch.zeros(len(h), *self.shape, device=h.device)
             return Normal(zeros, zeros) if self.flow is None else Flowed(Normal(zeros, zeros), self.flow)
         p = self.p(h)
-        return Normal(p.mu, 2 * torch.tanh(p.logvar / 2))
+        return Normal(p.mu, 2 * torch.tanh(p.logvar / 2))  # a variance from e^-2 to e^2: a KL to one much surer of itself explodes
 
     def posterior(self, d: Tensor, h: Tensor, p: Normal | Flowed) -> Normal:
         """q(z_l|.): what d says about z_l, or (top-down) that combined with p, weighted by precision.
@@ -190,7 +191,7 @@ class HVAE(nn.Module):
     """Hierarchical VAE. HVAE() is the architecture of checkpoints/hvae.pt.
 
     Args:
-        outer_config: list of tuples that builds q(z_1|x); p(x|z_1) is its mirror.
+        outer_config: list of tuples that builds q(z_1|.); p(x|z) is its mirror.
         inner_config: list of such lists, one per level above the first; the number of levels is its length + 1.
         input_size, input_channels: of the images, (H, W) and C.
         latent_channels: channels of every latent, or one number per level from z_1 up.
@@ -276,7 +277,7 @@ class HVAE(nn.Module):
         outer = mirror(up[0])
         c_x = {"bernoulli": Bernoulli.channels, "gaussian": Gaussian.channels,
                "logistic": lambda c: Logistic.channels(c, self.mixtures, self.neighbours)}[self.likelihood](c)
-        if outer[-1].kind == "convt":  # the mirror's last convolution yields p(x|z_1)'s parameters as they are
+        if outer[-1].kind == "convt":  # the mirror's last convolution yields p(x|z)'s parameters as they are
             last = outer.pop()
         else:
             last = Layer("convt", c, c, size, size)
@@ -314,7 +315,7 @@ class HVAE(nn.Module):
 
     def infer(self, x: Tensor, y: Tensor | None = None, closed: Tensor | None = None, draws: int = 1,
               generator: torch.Generator | None = None):
-        """q(z|x): returns p(x|z_1) and, per level from z_1 up, the triple (q, p, z) with z drawn from q."""
+        """q(z|x): returns p(x|z) and, per level from z_1 up, the triple (q, p, z) with z drawn from q."""
         self.check_images(x)
         y = None if y is None else repeat(y, draws)
         levels: list = [None] * len(self.levels)
@@ -355,7 +356,7 @@ class HVAE(nn.Module):
         return z
 
     def generate(self, n: int, y: Tensor | None, choose: Callable[[int, Normal, Tensor], Tensor]):
-        """The generation path from z_L down to p(x|z_1).
+        """The generation path from z_L down to p(x|z).
 
         `choose(l, p, h)` returns the z of levels[l], given its prior p and the generation features h: a draw from
         the posterior in training, from the prior in sampling.
@@ -377,7 +378,7 @@ class HVAE(nn.Module):
             return self.make_likelihood(self.to_image(h.float()))
 
     def make_likelihood(self, parameters: Tensor) -> Bernoulli | Gaussian | Logistic:
-        """p(x|z_1) from its parameter map."""
+        """p(x|z) from its parameter map."""
         if self.likelihood == "bernoulli":
             return Bernoulli(parameters)
         if self.likelihood == "gaussian":
@@ -386,7 +387,7 @@ class HVAE(nn.Module):
 
     @torch.no_grad()
     def set_output_level(self, x: Tensor) -> None:
-        """Starts p(x|z_1) at the mean of images x (B, C, H, W) instead of at grey: training begins sooner."""
+        """Starts p(x|z) at the mean of images x (B, C, H, W) instead of at grey: training begins sooner."""
         x = x[x.isfinite().flatten(1).all(1)]  # a broken image is for training to skip
         if len(x) == 0:
             return
@@ -410,7 +411,7 @@ class HVAE(nn.Module):
         return [z for _, _, z in self.infer(x, y, generator=generator)[1]]
 
     def decode(self, latents: Sequence[Tensor], y: Tensor | None = None) -> Bernoulli | Gaussian | Logistic:
-        """p(x|z_1) for latents [z_1 ... z_L]: `.parameters`, `.image` (B, C, H, W) in [0, 1], `.log_prob(x)`."""
+        """p(x|z) for latents [z_1 ... z_L]: `.parameters`, `.image` (B, C, H, W) in [0, 1], `.log_prob(x)`."""
         if len(latents) != len(self.levels):
             raise ValueError(f"expected {len(self.levels)} latents, got {len(latents)}")
         for l, (z, level) in enumerate(zip(latents, self.levels)):
@@ -427,14 +428,14 @@ class HVAE(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, text: str | Sequence[str] | None = None, temperature: float | Sequence[float] = 1.0,
                generator: torch.Generator | None = None) -> Tensor:
-        """Draws n images (n, C, H, W) in [0, 1] from the prior; each is the mean of p(x|z_1).
+        """Draws n images (n, C, H, W) in [0, 1] from the prior; each is the mean of p(x|z).
 
         Computes in bfloat16 where the hardware has it.
 
         Args:
             text: one text for all images or a list of n; None draws one uniformly per image (if conditional).
-            temperature: multiplies every prior's standard deviation, 0 gives the modes; one number each, from z_1 up,
-                treats the levels differently.
+            temperature: multiplies the noise of every prior (of a flow, the N(0, I) that it begins from), 0 leaves none;
+                one number each, from z_1 up, treats the levels differently.
             generator: makes the draw repeatable.
 
         Raises:
@@ -451,7 +452,7 @@ class HVAE(nn.Module):
     def draw_text(self, n: int, text: str | Sequence[str] | None = None,
                   generator: torch.Generator | None = None) -> Tensor | None:
         """Texts for n images as indices (n, T); None for an unconditional model."""
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        if not whole(n, 0):
             raise ValueError(f"n must be a whole number >= 0, got {n!r}")
         if self.text_length is None:
             if text is not None:
@@ -696,7 +697,7 @@ def is_plain(value, most: int = 1_000_000) -> bool:
 
 def channels_per_level(latent_channels: int | Sequence[int], levels: int) -> list[int]:
     channels = list(latent_channels) if isinstance(latent_channels, (list, tuple)) else [latent_channels] * levels
-    if len(channels) != levels or not all(isinstance(c, int) and not isinstance(c, bool) and c > 0 for c in channels):
+    if len(channels) != levels or not all(whole(c, 1) for c in channels):
         raise ValueError(f"latent_channels: expected a positive number, or {levels} (one per level), got {latent_channels!r}")
     return channels
 
@@ -720,7 +721,7 @@ def check_flow(flow: int | None, c_z: int, size: Size, by_default: bool) -> int:
     possible = not size and c_z > 1
     if flow is None:
         return 24 if possible and by_default else 0
-    if not isinstance(flow, int) or isinstance(flow, bool) or not 0 <= flow <= MOST_COUPLINGS:
+    if not whole(flow, 0) or flow > MOST_COUPLINGS:
         raise ValueError(f"flow: expected a whole number from 0 to {MOST_COUPLINGS} or None, got {flow!r}")
     if flow and not possible:
         raise ValueError(f"flow={flow}: needs a z_L that is a vector of two numbers or more; end the last block with 'dense'")
@@ -730,7 +731,7 @@ def check_flow(flow: int | None, c_z: int, size: Size, by_default: bool) -> int:
 def check_arguments(outer_config, inner_config, input_size, input_channels, latent_channels, inference, likelihood,
                     sigma, mixtures, neighbours, flow, text_length, charset) -> None:
     """Raises ValueError naming the first argument that cannot be right; the configs are checked by plan()."""
-    positive = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
+    positive = lambda n: whole(n, 1)
     if not (isinstance(input_size, (tuple, list)) and len(input_size) == 2 and all(map(positive, input_size))):
         raise ValueError(f"input_size: expected (height, width), got {input_size!r}")
     if pixels(input_size) > MOST_PIXELS:

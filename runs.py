@@ -1,8 +1,9 @@
 """A training run as a thing that survives: its state, its files, and what happens when it is interrupted.
 
-Everything that the next step depends on is in one file, state.pt: weights, their average, the optimiser, the step and
-every random state. It is written beside the old one and then put in its place, and the old one is kept as
-state.previous.pt, so that there is a whole state at any instant. A checksum tells a damaged file.
+All that a run changes is in one file, state.pt: weights, their average, the optimiser, the step and every random state.
+With the same arguments and data, the next step is the one that would have come. The file is written beside the old one
+and then put in its place, and the old one is kept as state.previous.pt, so that there is a whole state at any instant. A
+checksum tells a damaged file.
 """
 
 import csv
@@ -202,6 +203,11 @@ def has_state(path: Path) -> bool:
 def holds_run(out: Path) -> bool:
     """Whether training into this folder would overwrite a run, or a model without one."""
     return has_state(out / "state.pt") or (out / "hvae.pt").exists()
+
+
+def holds_model_alone(out: Path) -> bool:
+    """Whether the model in this folder is not a run's, which could be resumed; one killed early has metrics, if no state."""
+    return (out / "hvae.pt").exists() and not has_state(out / "state.pt") and not (out / "metrics.csv").exists()
 
 
 def lock(out: Path) -> IO:

@@ -32,18 +32,19 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import parallel
-from dataset import MNIST, CaptchaDataset, CaptchaFolder, one_line, refuse, whole
+from blocks import whole
+from dataset import MNIST, CaptchaDataset, CaptchaFolder, Help, one_line, refuse
 from flow import fit
 from generate import save_figures, test_images, usual_temperature
 from model import (CONFIGS, ELBO, HVAE, Normal, has_bf16, is_plain, keep_memory, lower_half, out_of_memory, per_level,
                    pick_device)
-from runs import (Interruption, Run, has_state, holds_run, load_state, lock, read_csv, replace, save_state, saved_on_failure,
-                  shield_worker, strike, write_csv)
+from runs import (Interruption, Run, has_state, holds_model_alone, holds_run, load_state, lock, replace, save_state,
+                  saved_on_failure, shield_worker, strike, write_csv)
 
 VERSION = "1.0"  # of this code, written into every checkpoint
 
-# What the command line does by default for each of model.CONFIGS. Where the likelihood is what counts: the plain ELBO,
-# with a beta that rises instead of falling.
+# What the command line does by default for each of model.CONFIGS. Where the likelihood is what counts: no closed levels or
+# free nats, unless a config says so, and a beta that rises instead of falling.
 LIKELIHOOD_FIRST = dict(beta_start=0.1, beta_steps=2_000, free_nats=[0.0], closed_share=0.0)
 TRAINING = {
     "captcha": {},
@@ -110,8 +111,9 @@ def train(
         log_every: steps that a row of the history averages over.
 
     Raises:
-        ValueError: an argument is out of range, data and model do not fit, `out` holds a run and resume is False, or
-            both its states are damaged, or a batch cannot be shared evenly by the processes.
+        ValueError: an argument is out of range, data and model do not fit, `out` holds a run and resume is False, or a
+            model and no run and resume is True, or both its states are damaged, or a batch cannot be shared evenly by the
+            processes.
         OSError: a file cannot be written.
         FloatingPointError: naming the term of the ELBO that stayed NaN or infinite for many steps.
     """
@@ -122,6 +124,8 @@ def train(
     out = Path(out)
     if holds_run(out) and not resume:
         raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
+    if resume and holds_model_alone(out):
+        raise ValueError(f"{out} holds a model, but no run that could be resumed; choose another folder")
     device = parallel.join(device)
     leads = parallel.rank() == 0
     bf16 = has_bf16(device) if bf16 is None else bf16
@@ -307,21 +311,23 @@ def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats:
     elbo = model(x, y, closed)
     levels = getattr(model, "module", model).levels  # inside DistributedDataParallel
     is_open = closed[:, None] <= torch.arange(len(levels), device=x.device)  # (B, L)
-    whole = closed == 0
-    sums = [is_open.sum(0), (elbo.kl * is_open).sum(0), elbo.reconstruction[whole].sum()[None], elbo.reconstruction.sum()[None]]
-    n, kl, of_whole, of_all = parallel.total(torch.cat(sums)).split([len(levels), len(levels), 1, 1])
+    unclosed = elbo.reconstruction[closed == 0]
+    sums = [is_open.sum(0), (elbo.kl * is_open).sum(0), unclosed.sum()[None], elbo.reconstruction.sum()[None]]
+    n, kl, of_unclosed, of_all = parallel.total(torch.cat(sums)).split([len(levels), len(levels), 1, 1])
     images = parallel.size() * len(x)
 
-    cost = torch.where(kl <= n * free_nats, n * free_nats, parallel.size() * sums[1]) / images  # where free: no gradient
+    free = n * free_nats
+    within = (kl <= free) & (free > 0)  # a chain's KL terms can be negative, and mean something then too
+    cost = torch.where(within, free, parallel.size() * sums[1]) / images  # what is within has no gradient
     loss = elbo.reconstruction.mean() + beta * cost.sum()
     if levels[-1].flow is not None:  # fitted to every draw, though the KL that it is part of may be free
         z = elbo.z_top.detach()
         loss = loss - levels[-1].prior(z).log_prob(z).mean()
 
-    kl, reconstruction = (kl / n).tolist(), (of_whole / n[0]).item()
+    kl, reconstruction = (kl / n).tolist(), (of_unclosed / n[0]).item()
     terms = {"neg_elbo": reconstruction + sum(kl), "reconstruction": reconstruction}
     if n[0] < images:
-        terms["reconstruction_closed"] = ((of_all - of_whole) / (images - n[0])).item()
+        terms["reconstruction_closed"] = ((of_all - of_unclosed) / (images - n[0])).item()
     return loss, {**terms, **{f"kl_{l + 1}": value for l, value in enumerate(kl)}}
 
 
@@ -359,7 +365,7 @@ def evaluate(model: HVAE, dataset: Dataset, importance_samples: int = 1, *, batc
         with that many draws of z (Burda et al. 2016, eq. 8); bounds, the same for 1, 10, 100, ... of those draws;
         bits_per_dim of log_likelihood, or None unless the likelihood is a probability of 8-bit images ('logistic').
     """
-    if not isinstance(importance_samples, int) or importance_samples < 1:
+    if not whole(importance_samples, 1):
         raise ValueError(f"importance_samples: expected a positive whole number, got {importance_samples!r}")
     if len(dataset) == 0:
         raise ValueError("evaluate: the data set is empty")
@@ -478,7 +484,7 @@ def model_for(dataset: Dataset, **arguments) -> HVAE:
 
 def check_seed(seed: int) -> None:
     """Raises ValueError unless every number that is derived from this seed is one that torch takes."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+    if not whole(seed, 0) or seed >= 2**32:
         raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")
 
 
@@ -516,7 +522,7 @@ def check_closed(model: HVAE, closed_levels: int | None) -> int:
     most = levels - 1 if model.top_down else 0
     if closed_levels is None:
         return min(lower_half(levels), most)
-    if not isinstance(closed_levels, int) or not 0 <= closed_levels <= most:
+    if not whole(closed_levels, 0) or closed_levels > most:
         raise ValueError(f"closed_levels: a {model.config['inference']} model of {levels} levels can close up to {most}, "
                          f"got {closed_levels}")
     return closed_levels
@@ -592,7 +598,7 @@ def describe(row: dict, levels: int) -> str:
 
 def make_parser(config: str) -> argparse.ArgumentParser:
     """The command line, with the defaults of one of CONFIGS."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=Help,
                                      description="Trains an HVAE on rendered captchas, on MNIST or on a folder of images.")
     data = parser.add_argument_group("data").add_argument
     data("--data", choices=("captcha", "mnist"), default="captcha", help="rendered captchas, or handwritten digits")
@@ -611,14 +617,14 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     made("--init", metavar="FILE", help="begin with the architecture and the weights of this checkpoint; "
          "of --config only the defaults of the training then count")
     made("--inference", choices=("top-down", "bottom-up"), help="the form of q(z|x); default: as in the config")
-    made("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z_1); default: as in the config")
+    made("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z); default: as in the config")
     made("--sigma", type=float, help="of the gaussian, for images in [-1, 1]; default: as in the config")
     made("--mixtures", type=int, help="components of the logistic; default: as in the config")
     made("--neighbours", action=argparse.BooleanOptionalAction,
          help="of the logistic: a pixel's distribution depends on the four before it too; default: as in the config; "
          "can be added to --init")
-    made("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I); default: 24 for a ladder with a vector on top; "
-         "with --init or --fit-prior, a fresh one")
+    made("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I); default: as in the config, or 24 for a ladder with a vector "
+         "on top; with --init or --fit-prior, a fresh one")
     made("--unconditional", action="store_true", help="leave the texts unused")
     option = parser.add_argument_group("training").add_argument
     option("--steps", type=int, default=11_000, help="training steps in all")
@@ -639,11 +645,11 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     option("--seed", type=int, default=0, help="of the weights, the noise and the order of the data")
     option("--out", default="checkpoints/run", help="folder for the model, the metrics and the pictures")
     option("--keep", action="store_true", help="keep the model of every evaluation, as hvae-STEP.pt")
-    option("--resume", action="store_true", help="continue the run in that folder")
+    option("--resume", action="store_true", help="continue the run in that folder, with the same options")
     option("--fit-prior", metavar="FILE", help="train nothing but this checkpoint's p(z_L), on 50,000 images: minutes, "
            "and samples come closer to reconstructions")
     measure = parser.add_argument_group("measuring").add_argument
-    measure("--evaluate", metavar="FILE", help="train nothing: measure this checkpoint on the split 'test'")
+    measure("--evaluate", metavar="FILE", help="train nothing: measure this checkpoint on the split 'test', or on all of a folder")
     measure("--importance-samples", type=int, default=1, help="draws of z per image for its bound on log p(x)")
     parser.set_defaults(**TRAINING[config])
     return parser
@@ -662,6 +668,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser, args = parse(arguments)
+    go_on = "go on with the same options and --resume"
     keep_memory()
     try:
         check_seed(args.seed)
@@ -676,16 +683,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError, OverflowError) as error:
         refuse(parser, one_line(error))
     except KeyboardInterrupt:
-        sys.exit(f"interrupted; go on with --out {args.out} --resume")
+        sys.exit("interrupted" if args.evaluate or args.fit_prior else f"interrupted; {go_on}")
     except (RuntimeError, MemoryError) as error:
         first = (str(error) or "MemoryError").splitlines()[0]
         if out_of_memory(error):
             refuse(parser, f"not enough memory: {first}")
         if "DataLoader worker" in first:  # one that was killed, or ran out of memory
-            sys.exit(f"{first}; go on with --out {args.out} --resume")
+            sys.exit(f"{first}; {go_on}")
         if parallel.size() == 1:
             raise
-        sys.exit(f"another process of this run is gone ({first}); go on with --out {args.out} --resume")
+        sys.exit(f"another process of this run is gone ({first}); {go_on}")
 
 
 def train_and_draw(args: argparse.Namespace) -> None:
@@ -705,7 +712,7 @@ def train_and_draw(args: argparse.Namespace) -> None:
         binarise=args.binarise, device=args.device, workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
         keep=args.keep, eval_every=args.eval_every)
     if leads:
-        save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1] if args.folder else test_set_for(model, args))
+        save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1])
         print(f"model, metrics and pictures in {args.out}")
 
 
@@ -718,8 +725,9 @@ def save_fitted_prior(args: argparse.Namespace) -> None:
     model = load_changed(args.fit_prior, args).to(pick_device(args.device))
     check_fit(model, data_set)
     binarise = model.provenance.get("binarised", False)
-    model = fit_prior(model, data_set, workers=args.workers, seed=args.seed, binarise=binarise)
-    metrics = evaluate(model, hold_out(data_set, args.seed)[1], binarise=binarise)
+    train_set, val_set = hold_out(data_set, args.seed)
+    model = fit_prior(model, train_set, workers=args.workers, seed=args.seed, binarise=binarise)
+    metrics = evaluate(model, val_set, binarise=binarise)
     model.provenance["held_out"] = metrics
     print(f"held out -elbo {-metrics['elbo']:,.1f} nats, kl of the top {metrics['kl'][-1]:,.1f}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -764,10 +772,11 @@ def load_changed(path: str, args: argparse.Namespace) -> HVAE:
 
 
 def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:
-    """Held-out images for a model: of the folder, or of the data set, that the command line names."""
+    """What --evaluate measures on: the images of the folder, or held-out ones of the data set, that the command line names."""
     if args.folder:
-        return CaptchaFolder(args.folder, model.input_shape[1:], model.text_length, model.charset, args.skip_bad)
-    return test_images(model, args.data, args.root, args.images)
+        images = CaptchaFolder(args.folder, model.input_shape[1:], model.text_length, model.charset, args.skip_bad)
+        return images if args.images is None else Subset(images, range(min(args.images, len(images))))
+    return test_images(model, args.data, args.root, args.images, args.fonts)
 
 
 def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) -> None:
@@ -775,7 +784,7 @@ def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) ->
     binarise = model.provenance.get("binarised", False)
     draws = max(64, 200_000 // math.prod(model.input_shape))  # together, as far as memory allows
     metrics = evaluate(model, test_set, importance_samples, batch_size=draws, binarise=binarise)
-    print(f"{metrics['images']} held-out images{', binarised' * binarise}, nats per image\n"
+    print(f"{metrics['images']} images{', binarised' * binarise}, nats per image\n"
           f"  -ELBO             {-metrics['elbo']:>10,.2f}\n"
           f"  reconstruction    {metrics['reconstruction']:>10,.2f}")
     for l in reversed(range(len(metrics["kl"]))):

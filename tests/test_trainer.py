@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import captcha.image
 import numpy as np
 import pytest
 import torch
@@ -19,8 +20,8 @@ import parallel
 import trainer
 from dataset import CaptchaDataset, CaptchaFolder, make_loader
 from model import HVAE
-from runs import Clipper, read_state
-from trainer import batches, evaluate, fit_prior, hold_out, learning_rate, loss_terms, plot_history, read_csv, train
+from runs import Clipper, read_csv, read_state
+from trainer import batches, evaluate, fit_prior, hold_out, learning_rate, loss_terms, plot_history, train
 
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
 FIGURES = ["interpolation.png", "levels.png", "originals.png", "prior_vs_aggregate.png", "reconstructions.png",
@@ -388,6 +389,15 @@ def test_model_without_a_run_is_not_overwritten(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hvae.pt"]
 
 
+def test_model_without_a_run_cannot_be_resumed(tmp_path):
+    """--fit-prior writes such a folder; resuming would train from the beginning and replace the model."""
+    tiny().save(tmp_path / "hvae.pt")
+    before = (tmp_path / "hvae.pt").read_bytes()
+    with pytest.raises(ValueError, match="no run that could be resumed"):
+        fit(tmp_path, steps=2, resume=True)
+    assert (tmp_path / "hvae.pt").read_bytes() == before
+
+
 def test_resume_with_fewer_steps_than_there_are(tmp_path):
     fit(tmp_path, steps=4)
     with pytest.raises(ValueError, match="holds 4 steps, more than steps=3"):
@@ -468,7 +478,7 @@ def loss_by_hand(model, x, y, beta, free_nats, closed):
         kl = kl.flatten(1).sum(1)
         rows = [kl[i] for i in range(len(x)) if closed[i] <= l]  # the images in which this level is open
         mean = sum(rows) / len(rows)
-        loss = loss + beta * len(rows) / len(x) * max(mean, torch.tensor(free_nats))
+        loss = loss + beta * len(rows) / len(x) * (max(mean, torch.tensor(free_nats)) if free_nats else mean)
         neg_elbo = neg_elbo + mean
     return loss, neg_elbo
 
@@ -500,6 +510,20 @@ def test_open_loss_is_the_negative_elbo():
     torch.manual_seed(1)
     assert loss.item() == pytest.approx(-model(x).elbo.mean().item(), rel=1e-5)
     assert terms["neg_elbo"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_negative_term_of_a_chain_counts(monkeypatch):
+    """As z_2 is drawn from z_1, -H(q) - log p(z_1|z_2) can be negative; without free nats the loss is the -ELBO even so."""
+    model, x = tiny(inference="bottom-up").eval(), bar_batch()
+    kl = model.kl
+    monkeypatch.setattr(model, "kl", lambda *arguments: kl(*arguments) - 100)
+    torch.manual_seed(1)
+    loss, terms = loss_terms(model, x, None, 1.0, torch.zeros(2), torch.zeros(8, dtype=torch.long))
+    torch.manual_seed(1)
+    assert terms["kl_1"] < 0
+    assert loss.item() == pytest.approx(-model(x).elbo.mean().item(), rel=1e-5)
+    loss.backward()
+    assert model.levels[0].q.out.weight.grad.abs().sum() > 0
 
 
 def posterior_gradients(beta, free_nats):
@@ -1066,14 +1090,25 @@ def test_command_line_fits_the_prior(small, tmp_path, monkeypatch):
     model.save(tmp_path / "model.pt")
     monkeypatch.setattr(trainer, "fit_prior", functools.partial(trainer.fit_prior, steps=2, batch_size=4))
     trainer.main(small + ["--fit-prior", str(tmp_path / "model.pt"), "--flow", "2"])
+    fitted_to, held_out = hold_out(CaptchaFolder(small[1]), 0)
     fitted = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert fitted.config == {**model.config, "flow": 2} and fitted.provenance["prior_fit"]["steps"] == 2
+    assert fitted.provenance["prior_fit"]["images"] == len(fitted_to)  # and none of those it is measured on
+    assert fitted.provenance["held_out"]["images"] == len(held_out)
     assert not (tmp_path / "out" / "state.pt").exists()
     before = (tmp_path / "out" / "hvae.pt").read_bytes()
     for options in (["--out", str(tmp_path / "other")], ["--flow", "2"]):  # no flow to fit; a model is there already
         with pytest.raises(SystemExit):
             trainer.main(small + ["--fit-prior", str(tmp_path / "model.pt"), *options])
     assert (tmp_path / "out" / "hvae.pt").read_bytes() == before
+
+
+def test_evaluation_is_on_what_the_command_line_names(small):
+    model = tiny(text_length=2, input_size=(30, 80), input_channels=3)
+    options = lambda *words: trainer.parse(["--evaluate", "any.pt", *words])[1]
+    assert len(trainer.test_set_for(tiny(), options(*small[:2], "--images", "3"))) == 3
+    font = captcha.image.DEFAULT_FONTS[0]
+    assert trainer.test_set_for(model, options("--fonts", font)).fonts == [font]
 
 
 def test_command_line_names_a_killed_worker(small, monkeypatch):

@@ -22,11 +22,12 @@ BATCH = 100
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default=str(CHECKPOINTS["captcha"]))
     parser.add_argument("--n", type=int, default=2000, help="held-out captchas, and samples of each kind")
     parser.add_argument("--reader", default="checkpoints/run/reader.pt", help="where the reader is, or is written to")
     args = parser.parse_args()
     reader = load_reader(Path(args.reader), 5.0, "cpu")
-    model = HVAE.load(CHECKPOINTS["captcha"])
+    model = HVAE.load(args.checkpoint)
     top, generator = len(model.levels) - 1, torch.Generator().manual_seed(0)
 
     x, y, _ = first_images(model, test_images(model, most=args.n), args.n)
@@ -34,7 +35,8 @@ def main() -> None:
     noise = torch.randn(encoded.shape, generator=generator)
     gaussian = encoded.mean(0) + noise @ torch.linalg.cholesky(encoded.T.cov()).T
     sources = {"N(0, I)": noise, "a Gaussian fitted to encoded captchas": gaussian,
-               "the flow": model.levels[top].flow.inverse(noise), "encoded captchas": encoded}
+               "the prior, a flow": model.levels[top].flow.inverse(noise),
+               "encoded captchas of other texts": encoded.roll(1, 0)}
 
     def read(images: torch.Tensor, labels: torch.Tensor) -> int:
         return (reader(images).argmax(2) == labels).sum().item()

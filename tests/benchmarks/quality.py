@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--curve", metavar="FILE", help="draw the figures against images seen")
     parser.add_argument("--device", help="cpu, cuda, ...; CUDA if there is one")
     args = parser.parse_args()
+    if args.curve and len(args.temperature or []) > 1:
+        parser.error("--curve draws one temperature")
     device = pick_device(args.device)
     reader = load_reader(Path(args.reader), args.minutes, device.type)
     charset, length = HVAE.load(args.checkpoints[0]).charset, reader.shape[0]
