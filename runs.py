@@ -29,9 +29,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-MAGIC = b"hvae-state-2"  # the first word of state.pt; then the checksum, a line's end, and what torch.save wrote
+MAGIC = b"hvae-state-3"  # the first word of state.pt; then the checksum, a line's end, and what torch.save wrote
 PARTS = {"config", "model", "average", "provenance", "began_with", "optimizer", "clip", "step", "seconds", "history",
-         "terms", "rng", "rng_cuda"}
+         "terms", "settings", "rng", "rng_cuda"}
 PATIENCE = 20  # steps in a row whose loss or gradient is not finite, before a run gives up
 
 
@@ -72,6 +72,7 @@ class Run:
     seconds: float = 0.0
     history: list[dict] = field(default_factory=list)
     terms: list[dict] = field(default_factory=list)  # of the steps since the last row of the history
+    settings: dict = field(default_factory=dict)  # train()'s arguments, in plain values, on which the next step depends
 
     def record(self, terms: dict) -> None:
         """Keeps a step's terms for the next row of the history, or ends the run if too many steps went wrong.
@@ -112,7 +113,7 @@ def save_state(path: Path, run: Run) -> None:
                 "provenance": run.average.provenance, "began_with": run.model.provenance,
                 "optimizer": run.optimizer.state_dict(),
                 "clip": dict(run.clip.__dict__), "step": run.step, "seconds": run.seconds, "history": run.history,
-                "terms": run.terms, "rng": torch.get_rng_state(), "rng_cuda": cuda}, buffer)
+                "terms": run.terms, "settings": run.settings, "rng": torch.get_rng_state(), "rng_cuda": cuda}, buffer)
     content = buffer.getbuffer()
     checksum = hashlib.sha256(content).hexdigest().encode()
 
@@ -131,6 +132,8 @@ def save_state(path: Path, run: Run) -> None:
 def load_state(path: Path, run: Run) -> None:
     """Restores what save_state wrote, random states included; from the previous file, with a warning, if this is damaged.
 
+    The settings are the new ones; a warning tells which are others than before.
+
     Raises:
         ValueError: neither file is readable, or their run trained another architecture.
     """
@@ -146,6 +149,10 @@ def load_state(path: Path, run: Run) -> None:
     if state["config"] != config:
         different = [key for key, value in config.items() if state["config"].get(key) != value]
         raise ValueError(f"{path}: its run has another {', '.join(different)}")
+    changed = [f"{name} = {run.settings.get(name)} instead of {value}" for name, value in state["settings"].items()
+               if run.settings.get(name) != value]
+    if changed:
+        warnings.warn(f"{path}: its run goes on with {', '.join(changed)}", stacklevel=2)
     run.model.load_state_dict(state["model"])
     run.average.load_state_dict(state["average"])
     run.average.provenance = state["provenance"]

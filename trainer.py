@@ -86,7 +86,7 @@ def train(
     """Trains a model and returns it, with averaged weights and in eval mode, and its history.
 
     In the folder `out`: hvae.pt (the averaged model, for HVAE.load), metrics.csv (the history), loss.png, samples.png,
-    and state.pt, from which `resume=True` goes on as if there had been no interruption. SIGTERM and Ctrl-C save the
+    and state.pt, from which `resume=True`, with the same arguments, goes on as if there had been no interruption. SIGTERM and Ctrl-C save the
     state before they end the run. Under torchrun, several processes share every batch; see parallel.py.
 
     Args:
@@ -143,14 +143,18 @@ def train(
     closed_levels = check_closed(model, closed_levels)
     closed_first, closed_then = (parallel.share(closings(model, batch_size, closed_levels, closed_share, share)).to(device)
                                  for share in (top_share, 0.0))
-    free_nats = torch.tensor(check_free(model, free_nats), device=device)
+    free_nats = check_free(model, free_nats)
+    settings = dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, beta_start=beta_start, beta_steps=beta_steps,
+                    free_nats=free_nats, closed_levels=closed_levels, closed_share=closed_share, top_share=top_share, ema=ema,
+                    binarise=bool(binarise), seed=seed, images=len(train_set))
+    free_nats = torch.tensor(free_nats, device=device)
     model.to(device).train()
     out.mkdir(parents=True, exist_ok=True)
     alone = lock(out) if leads else None  # noqa: F841, held to the end; also, can the folder be written to?
 
     forward = parallel.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
+    run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer, settings=settings)
     if has_state(out / "state.pt"):
         load_state(out / "state.pt", run)
     else:

@@ -5,6 +5,7 @@ import inspect
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import captcha.image
@@ -369,7 +370,8 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 def test_resume_can_extend_a_run(tmp_path):
     fit(tmp_path, steps=4)
-    _, history = fit(tmp_path, steps=8, resume=True)
+    with pytest.warns(UserWarning, match="goes on with steps = 8 instead of 4$"):
+        _, history = fit(tmp_path, steps=8, resume=True)
     assert [row["step"] for row in history] == [2, 4, 6, 8]
     assert HVAE.load(tmp_path / "hvae.pt").provenance["steps"] == 8
 
@@ -387,6 +389,15 @@ def test_model_without_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="another folder"):
         fit(tmp_path, steps=2)
     assert [path.name for path in tmp_path.iterdir()] == ["hvae.pt"]
+
+
+def test_resume_tells_what_is_different(tmp_path):
+    fit(tmp_path, steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(tmp_path, steps=4, resume=True)
+    with pytest.warns(UserWarning, match=r"lr = 0.001 instead of 0.002, free_nats = \[2.0, 3.0\] instead of \[1.0, 1.0\]$"):
+        fit(tmp_path, steps=4, resume=True, lr=1e-3, free_nats=[2, 3])
 
 
 def test_model_without_a_run_cannot_be_resumed(tmp_path):

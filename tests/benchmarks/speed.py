@@ -22,10 +22,10 @@ from model import HVAE, has_bf16, keep_memory, pick_device  # noqa: E402
 from trainer import loss_terms  # noqa: E402
 
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "L4": 121}  # bfloat16 TFLOP/s without sparsity, from the data sheets
-ORIGINAL_OUTER = [("conv-bn", 32), ("pool", 2), ("conv-bn", 64), ("pool", 2), ("conv-bn", 64)]
-ORIGINAL_INNER = [[("conv-bn", 32), ("skip-up", 0), ("pool", 2), ("conv-bn", 64), ("skip-up", 1), ("pool", 2),
-                   ("conv-bn", 64), ("conv-bn", 64), ("upsample", 2), ("skip-down", 1), ("conv-bn", 32),
-                   ("upsample", 2), ("skip-down", 0), ("conv-bn", 1)]]
+CHAIN_OUTER = [("conv-bn", 32), ("pool", 2), ("conv-bn", 64), ("pool", 2), ("conv-bn", 64)]
+CHAIN_INNER = [[("conv-bn", 32), ("skip-up", 0), ("pool", 2), ("conv-bn", 64), ("skip-up", 1), ("pool", 2),
+                ("conv-bn", 64), ("conv-bn", 64), ("upsample", 2), ("skip-down", 1), ("conv-bn", 32),
+                ("upsample", 2), ("skip-down", 0), ("conv-bn", 1)]]
 
 
 def rate(images: int, work: Callable[[], None], seconds: float = 8.0) -> float:
@@ -81,8 +81,7 @@ def main() -> None:
     renders = CaptchaDataset(1_000_000)
     print(f"rendering, one process              {rate(batch, lambda: [renders[i] for i in range(batch)]):8.0f} images/s")
     models = {"HVAE()": HVAE(),
-              "original, bottom-up": HVAE(ORIGINAL_OUTER, ORIGINAL_INNER, latent_channels=1, inference="bottom-up",
-                                          text_length=None)}
+              "a chain of two levels": HVAE(CHAIN_OUTER, CHAIN_INNER, latent_channels=1, inference="bottom-up", text_length=None)}
     for name, model in models.items():
         model.to(device)
         sampling = rate(batch, lambda: model.eval().sample(batch).cpu())
