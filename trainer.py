@@ -433,17 +433,17 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None):
     """
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    images = [row["images"] for row in history]
+    seen = lambda rows: [row["images"] / 1000 for row in rows]
     for key, label in [("neg_elbo", "training"), ("reconstruction_closed", "reconstruction, lower levels closed")]:
         if history and key in history[0]:
-            left.plot(images, [row.get(key, math.nan) for row in history], label=label, linewidth=1)
+            left.plot(seen(history), [row.get(key, math.nan) for row in history], label=label, linewidth=1)
     held_out = [row for row in history if row.get("val_neg_elbo") not in (None, "")]
-    left.plot([row["images"] for row in held_out], [row["val_neg_elbo"] for row in held_out], "k.-", label="held out")
-    left.set(xlabel="images seen", ylabel="-ELBO (nats per image)")
+    left.plot(seen(held_out), [row["val_neg_elbo"] for row in held_out], "k.-", label="held out")
+    left.set(xlabel="thousand images seen", ylabel="-ELBO (nats per image)")
     left.legend()
     for key in [key for key in (history[0] if history else {}) if key.startswith("kl_")]:
-        right.plot(images, [row.get(key, math.nan) for row in history], label=f"z_{key[3:]}", linewidth=1)
-    right.set(xlabel="images seen", ylabel="KL (nats per image)", yscale="log")
+        right.plot(seen(history), [row.get(key, math.nan) for row in history], label=f"z_{key[3:]}", linewidth=1)
+    right.set(xlabel="thousand images seen", ylabel="KL (nats per image)", yscale="log")
     right.legend(ncols=2)
     if path is not None:
         figure.savefig(path, dpi=100)

@@ -116,9 +116,9 @@ def plot_curve(images_seen: Sequence[int], table: Sequence[dict], real: dict, pa
     names = ["symbols read", "Frechet distance to renders", "diversity of one text, features"]
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, 3), names):
-        axis.plot(images_seen, [row[name] for row in table], "o-", label="samples")
+        axis.plot([images / 1000 for images in images_seen], [row[name] for row in table], "o-", label="samples")
         axis.axhline(real[name], color="black", linestyle="--", label="renders")
-        axis.set(xlabel="images seen", title=name, yscale="log" if "distance" in name else "linear")
+        axis.set(xlabel="thousand images seen", title=name, yscale="log" if "distance" in name else "linear")
         axis.legend()
     figure.savefig(path, dpi=100)
 
