@@ -136,7 +136,7 @@ class Level(nn.Module):
             zeros = torch.zeros(len(h), *self.shape, device=h.device)
             return Normal(zeros, zeros) if self.flow is None else Flowed(Normal(zeros, zeros), self.flow)
         p = self.p(h)
-        return Normal(p.mu, 2 * torch.tanh(p.logvar / 2))  # a variance from e^-2 to e^2: a KL to one much surer of itself explodes
+        return Normal(p.mu, 2 * torch.tanh(p.logvar / 2))  # a variance from e^-2 to e^2; with less, KLs can explode
 
     def posterior(self, d: Tensor, h: Tensor, p: Normal | Flowed) -> Normal:
         """q(z_l|.): what d says about z_l, or (top-down) that combined with p, weighted by precision.

@@ -86,8 +86,8 @@ def train(
     """Trains a model and returns it, with averaged weights and in eval mode, and its history.
 
     In the folder `out`: hvae.pt (the averaged model, for HVAE.load), metrics.csv (the history), loss.png, samples.png,
-    and state.pt, from which `resume=True`, with the same arguments, goes on as if there had been no interruption. SIGTERM and Ctrl-C save the
-    state before they end the run. Under torchrun, several processes share every batch; see parallel.py.
+    and state.pt, from which `resume=True`, with the same arguments, goes on as if there had been no interruption. SIGTERM
+    and Ctrl-C save the state before they end the run. Under torchrun, several processes share every batch; see parallel.py.
 
     Args:
         model: None is HVAE(), with the data's image size and text.
@@ -653,7 +653,8 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     option("--fit-prior", metavar="FILE", help="train nothing but this checkpoint's p(z_L), on 50,000 images: minutes, "
            "and samples come closer to reconstructions")
     measure = parser.add_argument_group("measuring").add_argument
-    measure("--evaluate", metavar="FILE", help="train nothing: measure this checkpoint on the split 'test', or on all of a folder")
+    measure("--evaluate", metavar="FILE",
+            help="train nothing: measure this checkpoint on the split 'test', or on all of a folder")
     measure("--importance-samples", type=int, default=1, help="draws of z per image for its bound on log p(x)")
     parser.set_defaults(**TRAINING[config])
     return parser
