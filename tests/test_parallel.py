@@ -92,6 +92,7 @@ def short_run_and_one_astray():
     return weights, history, str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*its run goes on with")  # more steps
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path / "run"))
     two = in_two_processes(short_run_and_one_astray, tmp_path)

@@ -148,6 +148,7 @@ def test_other_content_with_a_right_checksum_falls_back(content, tmp_path):
         fit(tmp_path, steps=12, resume=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*its run goes on with")  # fewer steps
 def test_two_runs_do_not_share_a_folder(tmp_path):
     process = start(tmp_path, steps=100_000)
     wait_for_step(tmp_path, process, 5)

@@ -24,6 +24,7 @@ from model import HVAE
 from runs import Clipper, read_csv, read_state
 from trainer import batches, evaluate, fit_prior, hold_out, learning_rate, loss_terms, plot_history, train
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*its run goes on with")  # more steps, in many tests
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
 FIGURES = ["interpolation.png", "levels.png", "originals.png", "prior_vs_aggregate.png", "reconstructions.png",
            "temperatures.png"]
@@ -394,7 +395,7 @@ def test_model_without_a_run_is_not_overwritten(tmp_path):
 def test_resume_tells_what_is_different(tmp_path):
     fit(tmp_path, steps=4)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         fit(tmp_path, steps=4, resume=True)
     with pytest.warns(UserWarning, match=r"lr = 0.001 instead of 0.002, free_nats = \[2.0, 3.0\] instead of \[1.0, 1.0\]$"):
         fit(tmp_path, steps=4, resume=True, lr=1e-3, free_nats=[2, 3])
@@ -937,7 +938,7 @@ def test_plot_history(held_out, tmp_path):
     assert isinstance(figure, Figure) and (tmp_path / "loss.png").stat().st_size > 1000
     curves = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     assert list(curves["training"].get_ydata()) == [row["neg_elbo"] for row in history]
-    assert list(curves["held out"].get_xdata()) == ([960] if held_out else [])
+    assert list(curves["held out"].get_xdata()) == ([0.96] if held_out else [])
     assert {"z_1", "z_2"} <= set(curves)
 
 
