@@ -627,8 +627,8 @@ def make_parser(config: str) -> argparse.ArgumentParser:
     made("--neighbours", action=argparse.BooleanOptionalAction,
          help="of the logistic: a pixel's distribution depends on the four before it too; default: as in the config; "
          "can be added to --init")
-    made("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I); default: as in the config, or 24 for a ladder with a vector "
-         "on top; with --init or --fit-prior, a fresh one")
+    made("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I); default: as in the config, or 24 for a ladder "
+         "with a vector on top; with --init or --fit-prior, a fresh one")
     made("--unconditional", action="store_true", help="leave the texts unused")
     option = parser.add_argument_group("training").add_argument
     option("--steps", type=int, default=11_000, help="training steps in all")
