@@ -1,8 +1,7 @@
 """p(x|z): three ways to read the decoder's output map as a distribution over images.
 
-Every class is built from the map `parameters` (B, channels(C), H, W) and has `image`, its mean in [0, 1] (of the
-logistic, but for tails beyond 0 and 1), and
-`log_prob(x)`, in nats per image. Images x are (B, C, H, W) in [0, 1] throughout.
+Every class is built from the map `parameters` (B, channels(C), H, W) and has `image`, its mean in [0, 1] (of the logistic,
+but for tails beyond 0 and 1), and `log_prob(x)`, in nats per image. Images x are (B, C, H, W) in [0, 1] throughout.
 """
 
 import math
