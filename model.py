@@ -491,7 +491,9 @@ class HVAE(nn.Module):
             raise ValueError(f"y has indices outside the charset's 0..{len(self.charset) - 1}")
 
     def save(self, path: str | Path, half: bool = False) -> None:
-        """Writes config, weights and provenance into one file; half rounds the weights to float16, for half the size.
+        """Writes config, weights and provenance into one file; half rounds the matrices to float16, for half the size.
+
+        Numbers and vectors stay as they are: they take no space, and sigma counts once for every pixel.
 
         Raises:
             ValueError: the provenance holds something that load() would not read.
@@ -500,7 +502,7 @@ class HVAE(nn.Module):
             raise ValueError("provenance: only numbers, strings, lists and dicts of them can be kept in a file")
         weights = {k: v.detach().cpu() for k, v in self.state_dict().items()}
         if half:
-            weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+            weights = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in weights.items()}
         content = {"config": self.config, "weights": weights, "provenance": self.provenance}
         torch.save({"format": "hvae-1", **content, "checksum": checksum(**content)}, path)
 
