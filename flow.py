@@ -98,5 +98,5 @@ def fit(p: Flowed, draw: Callable[[int], Tensor], steps: int, batch_size: int, l
         optimizer.step()
         schedule.step()
         average.update_parameters(flow)
-        bar.set_postfix_str(f"-log p(z_L) {loss.item():.2f} nats")
+        bar.set_postfix_str(f"-log p(z_L) {loss.item():.2f} nats", refresh=False)
     flow.load_state_dict(average.module.state_dict())

@@ -60,7 +60,7 @@ def train_reader(minutes: float = 5.0, batch_size: int = 64, device: str = "cpu"
         loss.backward()
         optimizer.step()
         correct = (logits.argmax(2) == y).float().mean().item()
-        bar.set_postfix_str(f"{spent:.0%} of the time, symbols read {correct:.2f}")
+        bar.set_postfix_str(f"{spent:.0%} of the time, symbols read {correct:.2f}", refresh=False)
     return reader.eval()
 
 
