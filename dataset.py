@@ -1,27 +1,27 @@
-"""Images to train on, and their texts: CAPTCHAs rendered on the fly (CaptchaDataset) or read from disk (CaptchaFolder),
-and handwritten digits (MNIST).
+"""Images to train on, and their texts.
 
-Every item is a pair (image, label):
+CaptchaDataset renders CAPTCHAs on the fly, CaptchaFolder reads them from disk, and MNIST holds
+handwritten digits. Every item is a pair (image, label):
 
     image   float32 (3, H, W) in [0, 1]; (1, 28, 28) for MNIST
     label   int64 (T,), the text as indices into the charset
 
-`python dataset.py` writes a sheet of rendered CAPTCHAs to captchas.png; `python dataset.py --help` tells what else.
+`python dataset.py` writes a sheet of rendered CAPTCHAs to captchas.png; --help lists the options.
 """
 
-import argparse
 import hashlib
 import json
+import math
 import operator
 import os
 import random
 import re
-import shutil
 import threading
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn, Sequence
 
 import captcha.image
 import numpy as np
@@ -34,60 +34,41 @@ from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from blocks import MOST_PIXELS, pixels, whole
-from model import DIGITS, UPPERCASE
+from hvae.cache import FileCache, MemoryCache
+from hvae.checkpoint import atomic_write
+from hvae.cli import make_parser, one_line_errors, path_argument
+from hvae.text import DIGITS, UPPERCASE, decode_text, encode_text
+from hvae.validate import (
+    InputError,
+    is_int,
+    validate_charset,
+    validate_choice,
+    validate_image_size,
+    validate_int,
+)
 
 SPLITS = ("train", "val", "test")
-SHEET_PIXELS = 10**8  # most on one sheet, which is in memory as a whole
-MIN_SIDE = 8  # pixels; below, no symbol can be told from another
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of all that Pillow reads: EPS, say, is a program to be run
+MIN_SIDE = 8  # pixels of a rendered image; below, symbols cannot be told apart
+MAX_SHEET_PIXELS = 10**8  # a sheet is held in memory
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs a program
 SEPARATORS = "_-. "  # the text in a file's name ends at the first of them
-UNSAFE = SEPARATORS + '/\\:*?"<>|'  # what a text must not contain to begin a file's name
+UNSAFE = SEPARATORS + '/\\:*?"<>|'  # symbols that a text at the start of a file's name cannot have
 
 
-# ------------------------------------------------------------------------------------------------ text <-> indices
-
-
-def encode_text(text: str, charset: str = DIGITS + UPPERCASE) -> Tensor:
-    """The text as indices into the charset, int64 (len(text),).
-
-    Raises:
-        ValueError: naming the first symbol that is not in the charset.
-    """
-    indices = [charset.find(symbol) for symbol in text]
-    if -1 in indices:
-        raise ValueError(f"text {text!r}: {text[indices.index(-1)]!r} is not in the charset {charset!r}")
-    return torch.tensor(indices, dtype=torch.long)
-
-
-def decode_text(indices: Tensor | Sequence[int], charset: str = DIGITS + UPPERCASE) -> str:
-    """The text of indices (T,) into the charset; undoes encode_text.
-
-    Raises:
-        ValueError: the indices are not one row, or naming the first that is outside the charset.
-    """
-    indices = torch.as_tensor(indices)
-    if indices.dim() != 1:
-        raise ValueError(f"expected the indices of one text, (T,), got {tuple(indices.shape)}")
-    for i in indices.tolist():
-        if not 0 <= i < len(charset):
-            raise ValueError(f"index {i} is outside the charset's 0..{len(charset) - 1}")
-    return "".join(charset[int(i)] for i in indices.tolist())
-
-
-# ------------------------------------------------------------------------------------------------ rendering
+# ---------------------------------------------------------------------------- rendering
 
 
 def random_stream(seed: int, split: str, index: int) -> random.Random:
-    """The stream that draws image `index` of a split. No two triples share one, and it is the same on every machine."""
+    """The random numbers that draw image `index` of a split: others for every triple."""
     digest = hashlib.blake2b(f"{seed}/{split}/{index}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "big"))
 
 
 class SeededSecrets:
-    """Stands in for the module `secrets`: the three functions the renderer calls, drawn from a seeded stream.
+    """The three functions of the module `secrets` that the renderer calls, on a seeded stream.
 
-    `secrets` itself is random.SystemRandom, which shares this code with random.Random: the distributions are the same.
+    `secrets` itself uses random.SystemRandom, a subclass of random.Random, so the distributions
+    are the same.
     """
 
     def __init__(self, stream: random.Random):
@@ -100,10 +81,10 @@ _renderer_lock = threading.Lock()
 
 
 def render(renderer: captcha.image.ImageCaptcha, text: str, stream: random.Random) -> Tensor:
-    """The CAPTCHA of a text, uint8 (3, H, W), with all its random choices taken from the stream.
+    """The CAPTCHA of a text, uint8 (3, H, W), with all random choices taken from the stream.
 
-    The renderer offers no seed, so the name `secrets` in its module is replaced while it draws. The lock keeps
-    threads from drawing from each other's streams.
+    The renderer has no seed, so the name `secrets` in its module is replaced while it draws. The
+    lock keeps threads from drawing from each other's streams.
     """
     with _renderer_lock:
         secrets = captcha.image.secrets
@@ -120,11 +101,13 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+@dataclass(eq=False)
 class CaptchaDataset(Dataset):
-    """CAPTCHAs of uniformly drawn texts in the default look of the `captcha` package. Images are (3, H, W).
+    """CAPTCHAs of uniformly drawn texts in the default look of the `captcha` package.
 
-    Image i depends on (seed, split, i) and the arguments alone: it is the same in every process, and on every
-    machine with the same versions of captcha and Pillow. The splits share no random stream and hence no image.
+    Image i depends on (seed, split, i) and the arguments alone: it is the same in every process,
+    and on every machine with the same versions of captcha and Pillow. The splits share no random
+    stream and hence no image.
 
     Args:
         size: number of images.
@@ -133,163 +116,143 @@ class CaptchaDataset(Dataset):
         text_length, charset: of the texts. Symbols that the fonts lack are drawn as boxes.
         fonts: TrueType files, one drawn per symbol; None is the font of the renderer.
         font_sizes: in pixels, one drawn per symbol; None is the renderer's (42, 50, 56).
-        cache: None renders an image every time it is asked for. 'memory' keeps it in RAM, shared with the workers of
-            a DataLoader, and a folder keeps it in a file there, for later runs too: both cost 3 * H * W bytes an image.
+        cache: 'memory' keeps the images in RAM, shared with the workers of a DataLoader; a folder
+            keeps them in a file there, for later runs too, until the disk is full. Both take
+            3 * H * W bytes per image. None renders an image every time it is asked for.
 
     Raises:
-        ValueError: naming the argument that is at fault.
+        ValueError: naming the argument at fault.
         FileNotFoundError: naming the font that does not exist.
-        OSError: the disk lacks the space for the cache.
+        OSError: memory or disk lack the space for the cache.
     """
 
-    def __init__(
-        self,
-        size: int,
-        split: str = "train",
-        image_size: tuple[int, int] = (60, 160),
-        text_length: int = 4,
-        charset: str = DIGITS + UPPERCASE,
-        seed: int = 0,
-        fonts: Sequence[str | Path] | None = None,
-        font_sizes: Sequence[int] | None = None,
-        cache: str | Path | None = None,
-    ):
-        if not whole(size, 0):
-            raise ValueError(f"size: expected a whole number >= 0, got {size!r}")
-        if split not in SPLITS:
-            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        if not is_size(image_size, MIN_SIDE):
-            raise ValueError(f"image_size: expected (height, width) of at least {MIN_SIDE} pixels, got {image_size!r}")
-        if pixels(image_size) > MOST_PIXELS:
-            raise ValueError(f"image_size: {image_size[0]}x{image_size[1]} has more than {MOST_PIXELS:,} pixels")
-        if not whole(text_length, 1):
-            raise ValueError(f"text_length: expected a positive whole number, got {text_length!r}")
-        check_charset(charset)
-        if not whole(seed):
-            raise ValueError(f"seed: expected a whole number, got {seed!r}")
-        if fonts is not None:
-            check_fonts(fonts)
-        if font_sizes is not None and not are_whole(font_sizes, 1):
-            raise ValueError(f"font_sizes: expected a list of positive whole numbers, got {font_sizes!r}")
-        if cache is not None and not (isinstance(cache, (str, Path)) and str(cache)):
-            raise ValueError(f"cache: expected None, 'memory' or a folder, got {cache!r}")
+    size: int
+    split: str = "train"
+    image_size: tuple[int, int] = (60, 160)
+    text_length: int = 4
+    charset: str = DIGITS + UPPERCASE
+    seed: int = 0
+    fonts: Sequence[str | Path] | None = None
+    font_sizes: Sequence[int] | None = None
+    cache: str | Path | None = None
 
-        self.size, self.split, self.seed = size, split, seed
-        self.image_size, self.text_length, self.charset = tuple(image_size), text_length, charset
-        self.fonts = fonts = [str(font) for font in fonts] if fonts is not None else None
-        self.font_sizes = font_sizes = tuple(font_sizes) if font_sizes is not None else None
+    def __post_init__(self):
+        validate_int("size", self.size, 0)
+        validate_choice("split", self.split, SPLITS)
+        validate_image_size("image_size", self.image_size, MIN_SIDE)
+        validate_int("text_length", self.text_length, 1)
+        validate_charset(self.charset)
+        validate_int("seed", self.seed)
+        if self.fonts is not None:
+            validate_fonts(self.fonts)
+            self.fonts = [str(font) for font in self.fonts]
+        if self.font_sizes is not None:
+            validate_font_sizes(self.font_sizes)
+        if self.cache is not None:
+            validate_path("cache", self.cache)
+
+        self.image_size = tuple(self.image_size)
         height, width = self.image_size
-        self.renderer = captcha.image.ImageCaptcha(width, height, fonts, font_sizes)
+        self.renderer = captcha.image.ImageCaptcha(width, height, self.fonts, self.font_sizes)
         self.description = {
-            "renderer": "captcha", "version": version("captcha"), "seed": seed, "split": split, "size": size,
-            "image_size": [height, width], "text_length": text_length, "charset": charset,
-            "fonts": [Path(font).name for font in fonts] if fonts else None,
-            "font_sizes": list(font_sizes) if font_sizes else None,
+            "renderer": "captcha",
+            "version": version("captcha"),
+            "seed": self.seed,
+            "split": self.split,
+            "size": self.size,
+            "image_size": [height, width],
+            "text_length": self.text_length,
+            "charset": self.charset,
+            "fonts": [Path(font).name for font in self.fonts] if self.fonts else None,
+            "font_sizes": list(self.font_sizes) if self.font_sizes else None,
         }
-        self.cache = None
-        if cache is not None and size > 0:
-            path = None if cache == "memory" else Path(cache) / f"captcha-{split}-{self.fingerprint(fonts)}.u8"
-            self.cache = Cache(size, self.image_size, path)
+        self.cached: MemoryCache | FileCache | None = None
+        if self.cache == "memory":
+            self.cached = MemoryCache(self.size, self.image_size)
+        elif self.cache is not None:
+            path = Path(self.cache) / f"captcha-{self.split}-{self.fingerprint()}.u8"
+            self.cached = FileCache(self.size, self.image_size, path)
 
-    def fingerprint(self, fonts: list[str] | None) -> str:
-        """A hash of everything the pixels depend on, so that no other data set ever reads their file."""
-        files = fonts or captcha.image.DEFAULT_FONTS
-        contents = [hashlib.blake2b(Path(font).read_bytes()).hexdigest() for font in files]
+    def fingerprint(self) -> str:
+        """A hash of all that the pixels depend on, so that no other dataset reads their file."""
+        files = self.fonts or captcha.image.DEFAULT_FONTS
+        fonts = [hashlib.blake2b(Path(file).read_bytes()).hexdigest() for file in files]
         libraries = [PIL.__version__, features.version("freetype2"), features.version("raqm")]
-        key = json.dumps([self.description, contents, libraries], sort_keys=True)
+        key = json.dumps([self.description, fonts, libraries], sort_keys=True)
         return hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
     def other_split(self, split: str, size: int) -> "CaptchaDataset":
-        """The same kind of captchas from another split, rendered on demand."""
-        return CaptchaDataset(size, split, self.image_size, self.text_length, self.charset, self.seed, self.fonts,
-                              self.font_sizes)
+        """CAPTCHAs of the same kind from another split, without a cache."""
+        return replace(self, split=split, size=size, cache=None)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        i = operator.index(i)
-        if not 0 <= i < self.size:
-            raise IndexError(f"index {i} is outside 0..{self.size - 1}")
+        i = check_index(i, self.size)
         stream = random_stream(self.seed, self.split, i)
-        text = "".join(stream.choice(self.charset) for _ in range(self.text_length))  # cheap, hence never cached
-        image = self.cache.get(i) if self.cache else None
+        text = "".join(stream.choice(self.charset) for _ in range(self.text_length))
+        image = self.cached.get(i) if self.cached else None
         if image is None:
             image = render(self.renderer, text, stream)
-            if self.cache:
-                self.cache.put(i, image)
+            if self.cached:
+                self.cached.put(i, image)
         return image.float() / 255, encode_text(text, self.charset)
 
 
-class Cache:
-    """uint8 images (3, H, W) by index, in shared memory or, given a path, in a file. All processes see the same ones.
-
-    Row i holds the pixels of image i and behind them a byte that turns 1 once they are complete. A file is sparse: it
-    takes the disk space of the images it holds.
-    """
-
-    def __init__(self, size: int, image_size: tuple[int, int], path: Path | None = None):
-        self.shape, self.path = (3, *image_size), path
-        row = 3 * image_size[0] * image_size[1] + 1
-        if path is None:
-            shared = Path("/dev/shm")  # where Linux keeps it
-            if shared.is_dir() and size * row > shutil.disk_usage(shared).free:
-                raise OSError(f"cache: shared memory lacks the space for {size * row / 1e9:.1f} GB")
-            self.rows = torch.zeros(size, row, dtype=torch.uint8).share_memory_()
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:  # creates the file, but leaves the content of an earlier run
-            missing = size * row - 512 * getattr(os.fstat(file.fileno()), "st_blocks", 0)
-            if missing > shutil.disk_usage(path.parent).free:  # writing to a map of a full disk would end the process
-                raise OSError(f"cache: {path.parent} lacks the space for {missing / 1e9:.1f} GB")
-            file.truncate(size * row)
-        self.rows = self.map(size, row)
-
-    def map(self, size: int, row: int) -> Tensor:
-        return torch.from_numpy(np.memmap(self.path, np.uint8, "r+", shape=(size, row)))
-
-    def get(self, i: int) -> Tensor | None:
-        row = self.rows[i]
-        return row[:-1].view(self.shape) if row[-1] else None
-
-    def put(self, i: int, image: Tensor) -> None:
-        row = self.rows[i]
-        row[:-1] = image.flatten()
-        row[-1] = 1  # after the pixels, so that whoever is interrupted leaves no half image
-
-    def __getstate__(self) -> dict:
-        """On the way to a worker process a file is not copied but mapped again."""
-        return {**self.__dict__, "rows": tuple(self.rows.shape)} if self.path else self.__dict__
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        if self.path:
-            self.rows = self.map(*self.rows)
+def check_index(i: int, size: int) -> int:
+    """The index as an int; IndexError if it is outside 0 .. size-1, which also ends a for loop."""
+    i = operator.index(i)
+    if not 0 <= i < size:
+        raise IndexError(f"index {i} is outside 0..{size - 1}")
+    return i
 
 
-# ------------------------------------------------------------------------------------------------ images on disk
+def validate_fonts(fonts: Sequence[str | Path]) -> None:
+    if not isinstance(fonts, (tuple, list)) or not fonts:
+        raise InputError(f"fonts: expected a list of font files, got {fonts!r}")
+    for font in fonts:
+        if not Path(font).is_file():
+            raise FileNotFoundError(f"fonts: no such file: {font}")
+        try:
+            ImageFont.truetype(str(font), 10)
+        except OSError as error:
+            raise InputError(f"fonts: {font} is not a readable font ({error})") from error
+
+
+def validate_font_sizes(sizes: Sequence[int]) -> None:
+    if not isinstance(sizes, (tuple, list)) or not sizes or not all(is_int(n, 1) for n in sizes):
+        raise InputError(f"font_sizes: expected a list of whole numbers >= 1, got {sizes!r}")
+
+
+def validate_path(name: str, path: str | Path) -> None:
+    if not isinstance(path, (str, Path)) or path == "":
+        raise InputError(f"{name}: expected a path, got {path!r}")
+
+
+# ---------------------------------------------------------------------------- images on disk
 
 
 class CaptchaFolder(Dataset):
-    """The images under a folder, at any depth, in the order of their paths; hidden files are left out.
+    """The images under a folder, at any depth, in the order of their paths, without hidden files.
 
-    The text of an image is its file's name up to the first '_', '-', '.' or space: A7KQ.png and A7KQ_0012.jpg both
-    show A7KQ. It is upper-cased if the charset has no lower-case letters. Whatever a file holds becomes RGB, with
-    transparency on white.
-
-    Args:
-        root: the folder.
-        image_size: (H, W) to resize to; None keeps the size, which then must be that of all images.
-        text_length: of the texts; None reads no texts, and the labels are empty, (0,).
-        charset: of the texts; None is the digits and the upper-case letters.
-        skip_bad: leave out the files that would raise, with a warning each; they are listed in `skipped`.
+    The text of an image is its file's name up to the first '_', '-', '.' or space: A7KQ.png and
+    A7KQ_0012.jpg both show A7KQ. It is upper-cased if the charset has no lower-case letters. Any
+    kind of image becomes RGB, with transparency on white.
 
     Every file is read once at the start, so that a damaged one does not end a training run later.
 
+    Args:
+        root: the folder.
+        image_size: (H, W) to resize to; None keeps the size, which all images must share.
+        text_length: of the texts; None reads no texts, and the labels are empty, (0,).
+        charset: of the texts; None is the digits and the upper-case letters.
+        skip_bad: leave out files that would raise, with a warning each, and list them in `skipped`.
+
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: naming the argument at fault; or the folder, if it has no (good) images; or the file whose name is
-            not a text, whose size differs, or which is no readable image.
+        ValueError: naming the argument at fault; the folder, if it has no (good) images; or the
+            file whose name is not a text, whose size differs, or which is not a readable image.
     """
 
     def __init__(
@@ -300,104 +263,105 @@ class CaptchaFolder(Dataset):
         charset: str | None = None,
         skip_bad: bool = False,
     ):
-        if image_size is not None and not is_size(image_size, 1):
-            raise ValueError(f"image_size: expected (height, width) or None, got {image_size!r}")
-        if text_length is not None and not whole(text_length, 1):
-            raise ValueError(f"text_length: expected a positive whole number or None, got {text_length!r}")
-        self.text_length = text_length
         self.charset = DIGITS + UPPERCASE if charset is None else charset
-        check_charset(self.charset)
-        self.image_size = None if image_size is None else tuple(image_size)  # None until the first image
+        validate_path("root", root)
+        validate_charset(self.charset)
+        if image_size is not None:
+            validate_image_size("image_size", image_size)
+        if text_length is not None:
+            validate_int("text_length", text_length, 1)
+        self.text_length = text_length
+        self.image_size = tuple(image_size) if image_size else None  # None until the first image
         self.paths, self.texts, self.skipped = [], [], []
         for path in tqdm(find_images(Path(root)), desc="check", unit="image", delay=2):
             try:
-                self.add(path, resizes=image_size is not None)
-            except ValueError as error:
+                self.add(path, resize=image_size is not None)
+            except InputError as error:
                 if not skip_bad:
                     raise
                 warnings.warn(f"skipped: {error}", stacklevel=2)
                 self.skipped.append(path)
         if not self.paths:
-            raise ValueError(f"{root}: none of its {len(self.skipped)} images is good")
-        self.description = {"folder": Path(root).resolve().name, "count": len(self.paths),
-                            "image_size": list(self.image_size)}
+            raise InputError(f"{root}: none of its {len(self.skipped)} images is good")
+        self.description = {
+            "folder": Path(root).resolve().name,
+            "count": len(self.paths),
+            "image_size": list(self.image_size),
+        }
 
-    def add(self, path: Path, resizes: bool) -> None:
-        """Takes a file in, or raises ValueError if there is anything wrong with it."""
+    def add(self, path: Path, resize: bool) -> None:
+        """Appends a file, or raises InputError if there is anything wrong with it."""
         text = self.read_text(path)
         width, height = read_image(path).size
         if self.image_size is None:
             self.image_size = (height, width)
-        elif not resizes and (height, width) != self.image_size:
-            raise ValueError(f"{path}: is {height}x{width} (height x width), but {self.paths[0].name} is "
-                             f"{self.image_size[0]}x{self.image_size[1]}; give an image_size to resize them")
+        if not resize and (height, width) != self.image_size:
+            raise InputError(
+                f"{path}: is {height}x{width} (height x width), but {self.paths[0].name} is "
+                f"{self.image_size[0]}x{self.image_size[1]}; give an image_size to resize them"
+            )
         self.paths.append(path)
         self.texts.append(text)
 
     def read_text(self, path: Path) -> str:
+        """The text in a file's name; '' if the dataset has no texts."""
         if self.text_length is None:
             return ""
         text = re.split(f"[{re.escape(SEPARATORS)}]", path.name, maxsplit=1)[0]
         if not any(symbol.islower() for symbol in self.charset):
             text = text.upper()
         if len(text) != self.text_length or not set(text) <= set(self.charset):
-            wanted = f"{self.text_length} symbols of {self.charset}"
-            raise ValueError(f"{path}: its name should begin with {wanted}, got {text!r}")
+            expected = f"{self.text_length} symbols of {self.charset}"
+            raise InputError(f"{path}: its name should begin with {expected}, got {text!r}")
         return text
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        i = operator.index(i)
-        if not 0 <= i < len(self):
-            raise IndexError(f"index {i} is outside 0..{len(self) - 1}")
+        i = check_index(i, len(self))
         height, width = self.image_size
         image = read_image(self.paths[i])
         if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)  # antialiased when it shrinks
+            image = image.resize((width, height), Image.Resampling.BICUBIC)  # with antialiasing
         return to_tensor(image).float() / 255, encode_text(self.texts[i], self.charset)
 
 
 def find_images(root: Path) -> list[Path]:
-    """The files under root that have the extension of an image, sorted."""
+    """The files under a folder that have the extension of an image, sorted."""
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder")
     if not root.is_dir():
-        raise ValueError(f"{root}: not a folder")
-    extensions = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
-    paths = [path for path in root.rglob("*")
-             if path.suffix.lower() in extensions and not path.name.startswith(".") and path.is_file()]
+        raise InputError(f"{root}: not a folder")
+    extensions = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
+    paths = [path for path in root.rglob("*") if path.suffix.lower() in extensions]
+    paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
     if not paths:
-        raise ValueError(f"{root}: no images in this folder")
+        raise InputError(f"{root}: no images in this folder")
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
 def read_image(path: Path) -> Image.Image:
-    """A file's (first) image as RGB.
+    """The (first) image in a file, as RGB.
 
     Raises:
-        ValueError: it is not readable, or has more pixels than Pillow thinks safe (89 million).
+        ValueError: it is not readable, or has more pixels than Pillow deems safe (89 million).
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about oddities that do not keep Pillow from reading
+            warnings.simplefilter("ignore")  # oddities that Pillow can read in spite of
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise errors of many kinds
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        raise InputError(f"{path}: not a readable image ({error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB, with transparency on white.
-
-    Raises:
-        ValueError: the pixels are real numbers, whose range nobody knows.
-    """
-    if image.mode == "F":
-        raise ValueError("its pixels are real numbers")
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+    """Any image as 8-bit RGB, with transparency on white."""
+    if image.mode == "F":  # whose range is unknown
+        raise InputError("its pixels are real numbers")
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         values = np.asarray(image).clip(0, 65535) / 257
         image = Image.fromarray(values.round().astype(np.uint8))
     if image.has_transparency_data:
@@ -407,33 +371,35 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------ MNIST
+# ---------------------------------------------------------------------------- MNIST
 
 
 class MNIST(Dataset):
     """Handwritten digits: image (1, 28, 28) in [0, 1], label (1,) the digit.
 
-    The split 'train' is the first 55,000 of the official 60,000 training images, 'val' the last 5,000, and 'test' the
-    official 10,000. Images stay grey; train() and evaluate() binarise them on request.
+    The split 'train' is the first 55,000 of the official 60,000 training images, 'val' the last
+    5,000, and 'test' the official 10,000. Images stay grey; train() and evaluate() binarise them
+    on request.
 
     Args:
         split: 'train', 'val' or 'test'.
         root: the folder that holds MNIST/raw; the data are downloaded into it if it does not.
-        text_length: 1 offers the digit to the model as its text; None leaves it out.
+        text_length: 1 offers the digit to the model as its text; None does not.
 
     Raises:
-        ValueError: the split or the text length does not exist.
-        OSError: the data are neither there nor to be downloaded.
+        ValueError: naming the argument at fault.
+        OSError: the data are not there and cannot be downloaded.
     """
 
     charset = DIGITS
     image_size = (28, 28)
 
-    def __init__(self, split: str = "train", root: str | Path = "data", text_length: int | None = None):
-        if split not in SPLITS:
-            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        if text_length not in (None, 1):
-            raise ValueError(f"text_length: a digit is a text of length 1, or None, got {text_length!r}")
+    def __init__(
+        self, split: str = "train", root: str | Path = "data", text_length: int | None = None
+    ):
+        validate_choice("split", split, SPLITS)
+        validate_path("root", root)
+        validate_choice("text_length", text_length, (None, 1))
         source = open_mnist(root, train=split != "test")
         end = len(source.data) * 11 // 12
         part = {"train": slice(end), "val": slice(end, None), "test": slice(None)}[split]
@@ -441,7 +407,7 @@ class MNIST(Dataset):
         self.split, self.root, self.text_length = split, root, text_length
         self.description = {"data": "MNIST", "split": split, "size": len(self.images)}
 
-    def other_split(self, split: str, size: int) -> Dataset:
+    def other_split(self, split: str, size: int) -> "MNIST":
         """The first `size` images of another split."""
         other = MNIST(split, self.root, self.text_length)
         other.images, other.digits = other.images[:size], other.digits[:size]
@@ -457,38 +423,16 @@ class MNIST(Dataset):
 def open_mnist(root: str | Path, train: bool) -> datasets.MNIST:
     """torchvision's MNIST from a folder, or from the network."""
     try:
-        return datasets.MNIST(root, train, download=True)  # which downloads only what is not there
+        return datasets.MNIST(root, train, download=True)  # downloads only what is missing
     except Exception as error:  # of many kinds: no network, no right to write, a damaged file
-        raise OSError(f"MNIST is not in {root}/MNIST/raw, or damaged, and could not be downloaded ({type(error).__name__}). "
-                      f"Name the folder that holds MNIST/raw, or remove what is in it and connect to a network.") from None
+        raise OSError(
+            f"MNIST is not in {root}/MNIST/raw, or damaged, and could not be downloaded "
+            f"({type(error).__name__}). Name the folder that holds MNIST/raw, or remove what is "
+            "in it and connect to a network."
+        ) from error
 
 
-# ------------------------------------------------------------------------------------------------ checks, loader
-
-
-def are_whole(ns, lowest: float) -> bool:
-    return isinstance(ns, (tuple, list)) and len(ns) > 0 and all(whole(n, lowest) for n in ns)
-
-
-def is_size(size, lowest: int) -> bool:
-    return are_whole(size, lowest) and len(size) == 2
-
-
-def check_charset(charset: str) -> None:
-    if not isinstance(charset, str) or not charset or len(set(charset)) != len(charset):
-        raise ValueError(f"charset: expected a string of different symbols, got {charset!r}")
-
-
-def check_fonts(fonts: Sequence[str | Path]) -> None:
-    if isinstance(fonts, (str, Path)) or not len(fonts):
-        raise ValueError(f"fonts: expected a list of font files, got {fonts!r}")
-    for font in fonts:
-        if not Path(font).is_file():
-            raise FileNotFoundError(f"fonts: no such file: {font}")
-        try:
-            ImageFont.truetype(str(font), 10)
-        except OSError as error:
-            raise ValueError(f"fonts: {font} is not a readable font ({error})") from error
+# ---------------------------------------------------------------------------- loader
 
 
 def make_loader(
@@ -500,92 +444,90 @@ def make_loader(
     drop_last: bool = False,
     pin_memory: bool | None = None,
 ) -> DataLoader:
-    """Batches (images (B, 3, H, W), labels (B, T)); every epoch holds each index once, shuffled anew.
+    """Batches (images (B, 3, H, W), labels (B, T)); every epoch has each index once, shuffled anew.
 
     Args:
-        workers: processes that load; None takes up to two and leaves a core to the caller, 0 for few images.
-        seed: of the orders. Two loaders with the same seed give the same epochs, whatever their workers.
+        workers: processes that load. None takes up to two and leaves a core to the caller; for
+            fewer than 1000 images, which load sooner than a process starts, it takes none.
+        seed: of the orders. Loaders with the same seed give the same epochs, with any workers.
         pin_memory: None pins if there is a CUDA device.
     """
     if workers is None:
-        few = len(dataset) < 1000  # sooner rendered than two processes are started
-        workers = 0 if few else min(2, (os.cpu_count() or 1) - 1)
-    # the sampler has a generator of its own: from the loader's, the number of draws depends on the workers
-    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
+        workers = min(2, (os.cpu_count() or 1) - 1) if len(dataset) >= 1000 else 0
+    # The order has its own generator, because the workers draw their seeds from the loader's.
+    order = torch.Generator().manual_seed(seed)
     return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, persistent_workers=workers > 0,
+        dataset,
+        batch_size,
+        sampler=RandomSampler(dataset, generator=order) if shuffle else None,
+        num_workers=workers,
+        drop_last=drop_last,
+        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------- command line
 
 
-def export(dataset: CaptchaDataset, folder: Path) -> None:
+def export(dataset: CaptchaDataset, folder: str | Path) -> None:
     """Writes every image as TEXT_INDEX.png, which CaptchaFolder reads back.
 
     Raises:
-        ValueError: the charset has a symbol that ends the text in a file's name or that a name cannot hold.
+        ValueError: naming a symbol of the charset that cannot be in the text of a file's name.
+        OSError: naming the file that could not be written.
     """
-    unsafe = sorted(set(dataset.charset) & set(UNSAFE))
-    if unsafe:
-        raise ValueError(f"charset: {unsafe[0]!r} cannot be part of a text in a file's name")
+    for symbol in dataset.charset:
+        if symbol in UNSAFE:
+            raise InputError(f"charset: {symbol!r} cannot be part of a text in a file's name")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(len(dataset)), desc=str(folder), unit="image"):
         image, label = dataset[i]
-        save_image(image, folder / f"{decode_text(label, dataset.charset)}_{i:06d}.png")
+        name = f"{decode_text(label, dataset.charset)}_{i:06d}.png"
+        with atomic_write(folder / name) as temporary:
+            save_image(image, temporary)
+
+
+def write_sheet(dataset: Dataset, path: str | Path) -> None:
+    """Writes all images of a dataset into one picture, four in a row."""
+    if len(dataset) * math.prod(dataset.image_size) > MAX_SHEET_PIXELS:
+        raise InputError(f"--n: {len(dataset)} images are too many for one sheet; try --export")
+    images = torch.stack([image for image, _ in dataset])
+    with atomic_write(path) as temporary:
+        try:
+            save_image(images, temporary, nrow=4, pad_value=1)
+        except (ValueError, OverflowError) as error:  # an unknown extension, too large for a GIF
+            raise InputError(f"{path}: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description="Renders CAPTCHAs: a sheet of them, or with --export a folder of single images."
+    parser = make_parser(
+        "Renders CAPTCHAs: a sheet of them, or with --export a folder of single images."
     )
     option = parser.add_argument
-    option("--out", default="captchas.png", metavar="FILE", help="the sheet, 4 images in a row (%(default)s)")
-    option("--export", metavar="DIR", help="write single images TEXT_INDEX.png into this folder instead of a sheet")
-    option("--n", type=int, default=32, help="number of images (%(default)s)")
-    option("--seed", type=int, default=0, help="another seed gives other images (%(default)s)")
-    option("--split", choices=SPLITS, default="train", help="the splits of a seed share no image (%(default)s)")
-    option("--length", type=int, default=4, help="symbols in a text (%(default)s)")
-    option("--charset", default=DIGITS + UPPERCASE, help="the symbols to draw from (%(default)s)")
-    option("--size", type=int, nargs=2, default=(60, 160), metavar=("H", "W"), help="of an image, in pixels (60 160)")
-    option("--fonts", nargs="+", metavar="FILE", help="TrueType files to draw from (the renderer's own)")
+    output = parser.add_mutually_exclusive_group().add_argument
+    output("--out", type=path_argument, default="captchas.png", metavar="FILE", help="the sheet")
+    output("--export", type=path_argument, metavar="DIR", help="write images TEXT_INDEX.png here")
+    option("--n", type=int, default=32, help="number of images")
+    option("--seed", type=int, default=0, help="another seed gives other images")
+    option("--split", choices=SPLITS, default="train", help="the splits of a seed share no image")
+    option("--length", type=int, default=4, help="symbols in a text")
+    option("--charset", default=DIGITS + UPPERCASE, help="the symbols to draw from")
+    option("--size", type=int, nargs=2, default=(60, 160), metavar=("H", "W"), help="in pixels")
+    option("--fonts", type=path_argument, nargs="+", metavar="FILE", help="TrueType files")
     args = parser.parse_args(arguments)
-    if args.n < 1:
-        parser.error(f"argument --n: expected at least 1, got {args.n}")
-    if not args.export and args.n * max(pixels(args.size), 1) > SHEET_PIXELS:
-        parser.error(f"argument --n: {args.n} images are too many for one sheet; --export writes any number")
-    try:
-        dataset = CaptchaDataset(args.n, args.split, tuple(args.size), args.length, args.charset, args.seed, args.fonts)
+    with one_line_errors(parser):
+        validate_int("--n", args.n, 1)
+        dataset = CaptchaDataset(
+            args.n, args.split, args.size, args.length, args.charset, args.seed, args.fonts
+        )
         if args.export:
-            export(dataset, Path(args.export))
-            print(f"{args.n} images in {args.export}")
+            export(dataset, args.export)
         else:
-            save_image(torch.stack([image for image, _ in dataset]), args.out, nrow=4, pad_value=1)
-            print(f"{args.n} images on {args.out}")
-    except (ValueError, OSError) as error:
-        refuse(parser, one_line(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted\n")
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds its default to an option's help; one that is None is told there in words."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Ends a command line with status 2 and one line that says what is wrong, without the usage."""
-    parser.exit(2, f"{parser.prog}: error: {message}\n")
-
-
-def one_line(error: Exception) -> str:
-    """Its message; of an error from a data worker, which sends its traceback, the last line."""
-    text = str(error) or type(error).__name__
-    return " ".join((text.splitlines()[-1] if text.startswith("Caught ") else text).split())
+            write_sheet(dataset, args.out)
+        print(f"{args.n} images: {args.export or args.out}")
 
 
 if __name__ == "__main__":

@@ -4,103 +4,156 @@
     python generate.py --text 7KQ2 --n 8                the same text eight times
     python generate.py --individual out/ --n 100        one file per image, named by its text
 
-The functions return matplotlib figures, for notebooks; `path` also writes them to a file.
+The plot functions return matplotlib figures, for notebooks; `path` also writes them to a file.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from blocks import whole
-from dataset import MNIST, UNSAFE, CaptchaDataset, Help, decode_text, one_line, refuse
-from model import HVAE, Normal, keep_memory, lower_half, out_of_memory, per_level, pick_device
+from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text
+from hvae.checkpoint import atomic_write
+from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
+from hvae.distributions import DiagonalGaussian
+from hvae.parallel import keep_memory, pick_device
+from hvae.validate import InputError, per_level, validate_int
+from model import HVAE
 
-CHECKPOINTS = {"captcha": Path(__file__).resolve().parent / "checkpoints" / "hvae.pt",
-               "mnist": Path(__file__).resolve().parent / "checkpoints" / "mnist.pt"}
+FOLDER = Path(__file__).resolve().parent / "checkpoints"
+CHECKPOINTS = {"captcha": FOLDER / "hvae.pt", "mnist": FOLDER / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
-SHEET = 1024  # most images on one sheet, which is in memory as a whole; a multiple of BATCH
-Temperature = float | Sequence[float] | None  # for every level, or one each from z_1 up; None is `usual_temperature`
-TEXTURE, GLYPHS, TOP = 0.9, 0.3, 0.8  # usual temperatures of the lower half of the levels, the middle ones and z_L
+SHEET = 1024  # images on a sheet, which is in memory all at once; a multiple of BATCH
+TEXTURE, GLYPHS, TOP = 0.9, 0.3, 0.8  # usual temperatures of the lower, the middle, the top levels
+Temperature = float | Sequence[float] | None  # for every level, or each, z_1 first; None: the usual
 
 
-# ------------------------------------------------------------------------------------------------ samples
+# ---------------------------------------------------------------------------- samples
 
 
 def usual_temperature(model: HVAE) -> list[float]:
     """Cold in the middle for clear glyphs, warm below for texture and above for variety."""
     below = len(model.levels) - 1
-    texture = lower_half(below + 1)
+    texture = min((below + 2) // 2, below)
     return [TEXTURE] * texture + [GLYPHS] * (below - texture) + [TOP]
 
 
 def temperatures(model: HVAE, temperature: Temperature) -> list[float]:
-    """One for every level, from z_1 up."""
-    return per_level("temperature", usual_temperature(model) if temperature is None else temperature, len(model.levels))
+    """One for each level, z_1 first."""
+    if temperature is None:
+        return usual_temperature(model)
+    return per_level("temperature", temperature, len(model.levels))
 
 
-def sample_batches(model: HVAE, n: int, text: str | None = None, temperature: Temperature = None,
-                   seed: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yields (images (<= 64, C, H, W) in [0, 1], their texts) until n are drawn; '' is the text of no text."""
-    generator = torch.Generator().manual_seed(seed)
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sample_batches(
+    model: HVAE, n: int, text: str | None = None, temperature: Temperature = None, seed: int = 0
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yields (images (<= 64, C, H, W) in [0, 1], their texts or "") until n are drawn."""
+    generator = seeded(seed)
     T = temperatures(model, temperature)
     for first in range(0, n, BATCH):
         count = min(BATCH, n - first)
         y = model.draw_text(count, text, generator)
-        texts = [""] * count if y is None else [decode_text(row, model.charset) for row in y]
-        yield model.sample(count, None if y is None else texts, T, generator).cpu(), texts
+        texts = None if y is None else [decode_text(row, model.charset) for row in y]
+        yield model.sample(count, texts, T, generator).cpu(), texts or [""] * count
 
 
-def sample_sheet(model: HVAE, n: int = 32, text: str | None = None, temperature: Temperature = None, seed: int = 0,
-                 columns: int | None = None) -> Tensor:
-    """n samples side by side: one image (3, H', W') in [0, 1]; by default about 640 pixels wide.
+def sample_sheet(
+    model: HVAE,
+    n: int = 32,
+    text: str | None = None,
+    temperature: Temperature = None,
+    seed: int = 0,
+    columns: int | None = None,
+) -> Tensor:
+    """n samples side by side: one image (3, H', W') in [0, 1]; by default 640 pixels wide or so.
 
     Raises:
         ValueError: n < 1 or above SHEET, a bad temperature, or a text the model cannot draw.
     """
-    check_n(n)
+    validate_int("n", n, 1)
     if n > SHEET:
-        raise ValueError(f"a sheet holds at most {SHEET} images, got {n}; save_sheets and save_individual write any number")
-    images = torch.cat([images for images, _ in sample_batches(model, n, text, temperature, seed)])
-    return framed(images, columns or columns_for(model))
+        raise InputError(f"n: a sheet holds at most {SHEET} images, got {n}")
+    images = [images for images, _ in sample_batches(model, n, text, temperature, seed)]
+    return grid(torch.cat(images), columns or columns_for(model))
 
 
-def save_sheets(model: HVAE, path: str | Path, n: int, text: str | None = None, temperature: Temperature = None,
-                seed: int = 0) -> list[Path]:
-    """Writes n samples as sheets of at most SHEET: `path`, or NAME-001.png, NAME-002.png ... if it takes several.
+def save_sheets(
+    model: HVAE,
+    path: str | Path,
+    n: int,
+    text: str | None = None,
+    temperature: Temperature = None,
+    seed: int = 0,
+) -> list[Path]:
+    """Writes n samples on sheets of at most SHEET; returns their paths.
 
-    Holds one sheet at a time in memory. Returns the paths.
+    One sheet is `path`, several are NAME-001.png, NAME-002.png, ... One is in memory at a time.
 
     Raises:
-        ValueError: n < 1, a bad temperature, or a text the model cannot draw.
+        ValueError: n < 1, a bad temperature, a text the model cannot draw, or a path whose
+            extension is not that of a picture.
     """
-    check_n(n)
+    validate_int("n", n, 1)
     path, paths = Path(path), []
+    picture_format(path)  # errors come before the drawing
     batches = sample_batches(model, n, text, temperature, seed)
     with tqdm(total=n, unit="image", disable=n <= SHEET) as bar:
-        for _ in range(0, n, SHEET):
+        for i, _ in enumerate(range(0, n, SHEET)):
             images = torch.cat([images for images, _ in islice(batches, SHEET // BATCH)])
-            paths.append(path if n <= SHEET else path.with_stem(f"{path.stem}-{len(paths) + 1:03d}"))
-            save_image(framed(images, columns_for(model)), paths[-1])
+            paths.append(path if n <= SHEET else path.with_stem(f"{path.stem}-{i + 1:03d}"))
+            write_image(grid(images, columns_for(model)), paths[-1])
             bar.update(len(images))
     return paths
 
 
-def framed(images: Tensor, columns: int) -> Tensor:
+def save_individual(
+    model: HVAE,
+    folder: str | Path,
+    n: int,
+    text: str | None = None,
+    temperature: Temperature = None,
+    seed: int = 0,
+) -> None:
+    """Writes n samples as TEXT_INDEX.png, for dataset.CaptchaFolder; INDEX.png without a text.
+
+    Raises:
+        ValueError: n < 1, a bad temperature, a text the model cannot draw, or a charset with
+            symbols that a file's name cannot hold.
+    """
+    validate_int("n", n, 1)
+    if model.text_length is not None and set(UNSAFE) & set(model.charset):
+        raise InputError("the charset has symbols that a file's name cannot hold")
+    temperatures(model, temperature)  # errors come before a folder is made
+    model.draw_text(1, text, torch.Generator())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = 0
+    with tqdm(total=n, desc=str(folder), unit="image") as bar:
+        for images, texts in sample_batches(model, n, text, temperature, seed):
+            for image, drawn in zip(images, texts, strict=True):
+                name = f"{drawn}_{index:06d}" if drawn else f"{index:06d}"
+                write_image(image, folder / f"{name}.png")
+                index += 1
+            bar.update(len(texts))
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
     """Images (n, C, H, W) in rows with white between them, (3, H', W')."""
     return make_grid(images, nrow=columns, padding=2, pad_value=1)
-
-
-def check_n(n: int) -> None:
-    if not whole(n, 1):
-        raise ValueError(f"n must be at least 1, a whole number; got {n!r}")
 
 
 def columns_for(model: HVAE) -> int:
@@ -108,155 +161,207 @@ def columns_for(model: HVAE) -> int:
     return max(1, min(16, 640 // model.input_shape[2]))
 
 
-def save_individual(model: HVAE, folder: str | Path, n: int, text: str | None = None,
-                    temperature: Temperature = None, seed: int = 0) -> None:
-    """Writes n samples as TEXT_INDEX.png, which dataset.CaptchaFolder reads back; INDEX.png if without text.
-
-    Raises:
-        ValueError: n < 1, a bad temperature, a text the model cannot draw, or a charset with symbols that a file's
-            name cannot hold.
-    """
-    check_n(n)
-    if model.text_length is not None and set(UNSAFE) & set(model.charset):
-        raise ValueError("the charset has symbols that a file's name cannot hold")
-    temperatures(model, temperature)  # refused before a folder is made
-    model.draw_text(1, text, torch.Generator())
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    index = 0
-    with tqdm(total=n, desc=str(folder), unit="image") as bar:
-        for images, texts in sample_batches(model, n, text, temperature, seed):
-            for image, drawn in zip(images, texts):
-                save_image(image, folder / f"{drawn}{'_' * bool(drawn)}{index:06d}.png")
-                index += 1
-            bar.update(len(texts))
+def picture_format(path: Path) -> str:
+    """The format that a file's extension names."""
+    name = Image.registered_extensions().get(path.suffix.lower())
+    if name not in Image.SAVE:
+        raise InputError(f"{path}: {path.suffix!r} is not the extension of a picture, such as .png")
+    return name
 
 
-# ------------------------------------------------------------------------------------------------ figures
+def write_image(image: Tensor, path: Path) -> None:
+    content = BytesIO()
+    save_image(image, content, format=picture_format(path))
+    write_bytes(path, content)
 
 
-def show_rows(rows: Sequence[Tensor], titles: Sequence[str], path: str | Path | None, labels: Sequence[str] = ()) -> Figure:
-    """A figure of image rows, (n, C, H, W) each, with a title beside every row and a label over every column."""
-    n, (_, h, w) = len(rows[0]), rows[0].shape[1:]
-    figure = Figure(figsize=(1.0 + 1.45 * n, (0.2 + len(rows)) * 1.45 * h / w + 0.2), layout="constrained")
-    axes = figure.subplots(len(rows), n, squeeze=False)
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images):
-            axis = axes[row, column]
-            axis.imshow(image.permute(1, 2, 0).squeeze(-1).float().cpu().clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-            if row == 0 and labels:
-                axis.set_title(labels[column], fontsize=9)
-        axes[row, 0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=9)
+def write_bytes(path: str | Path, content: BytesIO) -> None:
+    """Writes a picture. Pillow itself does not notice that a disk is full, of a JPEG."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getvalue())
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def write_figure(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        figure.savefig(path, dpi=100)
+        content = BytesIO()
+        figure.savefig(content, format=Path(path).suffix[1:], dpi=100)
+        write_bytes(path, content)
     return figure
 
 
-def plot_samples(model: HVAE, n: int = 6, text: str | None = None, temperatures: Sequence[Temperature] = (None, 0.3, 0.6, 1.0),
-                 seed: int = 0, path: str | Path | None = None) -> Figure:
-    """Samples of the same texts, a row per temperature."""
-    temperatures = [usual_temperature(model) if T is None else T for T in temperatures]
-    y = model.draw_text(n, text, torch.Generator().manual_seed(seed))
-    texts = None if y is None else [decode_text(row, model.charset) for row in y]
-    rows = [model.sample(n, texts, t, torch.Generator().manual_seed(seed)) for t in temperatures]
-    name = lambda T: " ".join(f"{t:g}" for t in T) if isinstance(T, (list, tuple)) else f"{T:g}"
-    return show_rows(rows, [f"T = {name(T)}" for T in temperatures], path, texts or ())
+def plot_rows(
+    rows: Sequence[Tensor],
+    titles: Sequence[str],
+    path: str | Path | None,
+    labels: Sequence[str] = (),
+) -> Figure:
+    """Rows of images, (n, C, H, W) each, a title beside each row and a label over each column."""
+    n, (_, h, w) = len(rows[0]), rows[0].shape[1:]
+    size = (1.0 + 1.45 * n, (0.2 + len(rows)) * 1.45 * h / w + 0.2)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), n, squeeze=False)
+    for row, images in enumerate(rows):
+        images = images.permute(0, 2, 3, 1).squeeze(-1).float().cpu().clamp(0, 1).numpy()
+        for axis, image in zip(axes[row], images, strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        axes[row, 0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=9)
+    for axis, label in zip(axes[0], labels, strict=False):
+        axis.set_title(label, fontsize=9)
+    return write_figure(figure, path)
 
 
-def plot_reconstructions(model: HVAE, dataset: Dataset, n: int = 6, seed: int = 0,
-                         path: str | Path | None = None) -> Figure:
+def plot_samples(
+    model: HVAE,
+    n: int = 6,
+    text: str | None = None,
+    temperatures: Sequence[Temperature] = (None, 0.3, 0.6, 1.0),
+    seed: int = 0,
+    path: str | Path | None = None,
+) -> Figure:
+    """Samples of the same texts, a row for each temperature."""
+    chosen = [usual_temperature(model) if T is None else T for T in temperatures]
+    texts = draw_texts(model, n, text, seed)
+    rows = [model.sample(n, texts or None, T, seeded(seed)) for T in chosen]
+    name = lambda T: " ".join(f"{t:g}" for t in T) if isinstance(T, list | tuple) else f"{T:g}"
+    return plot_rows(rows, [f"T = {name(T)}" for T in chosen], path, texts)
+
+
+def plot_reconstructions(
+    model: HVAE, dataset: Dataset, n: int = 6, seed: int = 0, path: str | Path | None = None
+) -> Figure:
     """The first n images of a data set above their reconstructions."""
     x, y, texts = first_images(model, dataset, n)
-    generator = torch.Generator().manual_seed(seed)
-    return show_rows([x, model.reconstruct(x, y, generator)], ["x", "reconstruction"], path, texts)
+    reconstructed = model.reconstruct(x, y, seeded(seed))
+    return plot_rows([x, reconstructed], ["x", "reconstruction"], path, texts)
 
 
 @torch.no_grad()
-def plot_levels(model: HVAE, dataset: Dataset, n: int = 6, seed: int = 0, path: str | Path | None = None) -> Figure:
-    """What each level holds: an image of the data set, then rows in which one level alone is drawn anew.
+def plot_levels(
+    model: HVAE, dataset: Dataset, n: int = 6, seed: int = 0, path: str | Path | None = None
+) -> Figure:
+    """What each level holds: an image, then rows in which only one level is drawn anew.
 
-    In the row of z_l the other levels keep the posterior's draw for the image and z_l comes from its prior, n times.
-    A bottom-up model draws its image from z_1 alone, so that only the last row changes.
+    In the row of z_l the other levels keep the posterior's draw for the image, and z_l comes from
+    its prior, n times. A bottom-up model draws its image from z_1, so only its last row changes.
     """
     x, y, _ = first_images(model, dataset, 1)
+    generator = seeded(seed)
+    kept = [z.expand(n, *z.shape[1:]) for z in model.encode(x, y, generator)]
     y = None if y is None else y.expand(n, -1)
-    generator = torch.Generator().manual_seed(seed)
-    kept = [z.expand(n, *z.shape[1:]) for z in model.encode(x, y if y is None else y[:1], generator)]
     rows, titles = [x.expand(n, -1, -1, -1)], ["x"]
-    for level in reversed(range(len(kept))):
-        draw = lambda l, p, h: p.sample(1.0, generator) if l == level else kept[l]
-        rows.append(model.generate(n, y, draw).image)
-        titles.append(f"z_{level + 1} anew")
-    return show_rows(rows, titles, path)
+    for l in reversed(range(len(kept))):
+        latents = [None if i == l else z for i, z in enumerate(kept)]
+        p_x = model.generate(n, y, latents, generator=generator)
+        rows.append(model.picture(p_x, generator))
+        titles.append(f"z_{l + 1} anew")
+    return plot_rows(rows, titles, path)
 
 
 @torch.no_grad()
-def plot_interpolation(model: HVAE, dataset: Dataset, pair: tuple[int, int] = (0, 1), n: int = 8, seed: int = 0,
-                       path: str | Path | None = None) -> Figure:
+def plot_interpolation(
+    model: HVAE,
+    dataset: Dataset,
+    pair: tuple[int, int] = (0, 1),
+    n: int = 8,
+    seed: int = 0,
+    path: str | Path | None = None,
+) -> Figure:
     """From one image of the data set to another: every latent moves on a great circle.
 
-    The text cannot be half one and half another: in the first row it is that of the first image throughout, in the
-    second row that of the second. An unconditional model has one row.
+    The first row has the text of the first image throughout, the second row that of the second.
+    An unconditional model has one row.
 
     Raises:
         ValueError: the data set has no such pair.
     """
     if not all(0 <= i < len(dataset) for i in pair):
-        raise ValueError(f"pair: the data set has images 0 to {len(dataset) - 1}, got {pair}")
-    x, y, texts = first_images(model, torch.utils.data.Subset(dataset, pair), 2)
+        raise InputError(f"pair: the data set has images 0 to {len(dataset) - 1}, got {pair}")
+    x, y, texts = first_images(model, Subset(dataset, pair), 2)
     shares = torch.linspace(0, 1, n, device=x.device)
-    ends = model.encode(x, y, torch.Generator().manual_seed(seed))
+    ends = model.encode(x, y, seeded(seed))
     latents = [torch.cat([slerp(z[:1], z[1:], share) for share in shares]) for z in ends]
     if y is None:
-        return show_rows([model.decode(latents).image], [""], path)
-    rows = [model.decode(latents, y[i : i + 1].expand(n, -1)).image for i in (0, 1)]
-    return show_rows(rows, [f"text {text}" for text in texts], path)
+        return plot_rows([model.picture(model.decode(latents), seeded(seed))], [""], path)
+    texts_of = [y[i : i + 1].expand(n, -1) for i in (0, 1)]
+    rows = [model.picture(model.decode(latents, y), seeded(seed)) for y in texts_of]
+    return plot_rows(rows, [f"text {text}" for text in texts], path)
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """Spherical interpolation (White 2016): between Gaussian draws a straight line would pass too near the mean."""
+    """Spherical interpolation (White 2016): a straight line would pass too near the mean."""
     cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
     angle = cosine.acos().view(-1, *[1] * (a.dim() - 1))
-    straight = a + share * (b - a)  # for ends on one line, where the arc's formula divides by zero
-    arc = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin().clamp(min=1e-6)
-    return torch.where(angle.sin() < 1e-3, straight, arc)
+    straight = a + share * (b - a)  # for ends on one line, where the arc divides by zero
+    arc = ((1 - share) * angle).sin() * a + (share * angle).sin() * b
+    return torch.where(angle.sin() < 1e-3, straight, arc / angle.sin().clamp(min=1e-6))
 
 
 @torch.no_grad()
-def plot_prior_vs_aggregate(model: HVAE, dataset: Dataset, n: int = 6, temperature: Temperature = None, seed: int = 0,
-                            path: str | Path | None = None) -> Figure:
-    """Samples with z_L from its prior above samples with z_L from a Gaussian fitted to the aggregated posterior.
+def plot_prior_vs_aggregate(
+    model: HVAE,
+    dataset: Dataset,
+    n: int = 6,
+    temperature: Temperature = None,
+    seed: int = 0,
+    path: str | Path | None = None,
+) -> Figure:
+    """Samples with z_L from its prior above samples with z_L from the aggregated posterior.
 
-    The texts are the same. With N(0, I) as the prior, rows that look different show that it covers regions that no image
-    is encoded to; a flow knows more than the fitted Gaussian.
+    The texts are the same. Where N(0, I) is the prior, rows that look different show that it
+    covers regions that no image is encoded to.
     """
-    aggregate = fit_aggregate(model, dataset, seed=seed)
     T = temperatures(model, temperature)
-    top = len(model.levels) - 1
-    y = model.draw_text(n, None, torch.Generator().manual_seed(seed))
-    texts = () if y is None else [decode_text(row, model.charset) for row in y]
+    texts = draw_texts(model, n, None, seed)
+    y = model.draw_text(n, texts or None)
+    aggregate = fit_aggregate(model, dataset, n, seed=seed)
     rows = []
-    for source in (None, aggregate):
-        generator = torch.Generator().manual_seed(seed)
-        draw = lambda l, p, h: (source.expand(n) if source and l == top else p).sample(T[l], generator)
-        rows.append(model.generate(n, y, draw).image)
-    return show_rows(rows, ["z_L ~ p(z_L)", "z_L ~ aggregate"], path, texts)
+    for from_prior in (True, False):
+        generator = seeded(seed)  # the noise of both rows is the same
+        z_top = None if from_prior else aggregate.sample(T[-1], generator)
+        latents = [*[None] * (len(model.levels) - 1), z_top]
+        rows.append(model.picture(model.generate(n, y, latents, T, generator), generator))
+    return plot_rows(rows, ["z_L ~ p(z_L)", "z_L ~ aggregate"], path, texts)
+
+
+@torch.no_grad()
+def fit_aggregate(
+    model: HVAE, dataset: Dataset, n: int, limit: int = 512, seed: int = 0
+) -> DiagonalGaussian:
+    """A Gaussian fitted to z_L ~ q(z_L|x) over the first images, n times (n, ...).
+
+    (Tomczak & Welling 2018, section 2.)
+    """
+    if len(dataset) == 0:
+        raise InputError("the data set is empty")
+    generator = seeded(seed)
+    draws = []
+    last = min(limit, len(dataset))
+    for first in range(0, last, BATCH):
+        indices = range(first, min(first + BATCH, last))
+        x, y, _ = first_images(model, Subset(dataset, indices), BATCH)
+        draws.append(model.encode(x, y, generator)[-1])
+    z = torch.cat(draws)
+    mu, logvar = z.mean(0), z.var(0, unbiased=False).clamp(min=1e-6).log()
+    return DiagonalGaussian(mu.expand(n, *mu.shape), logvar.expand(n, *mu.shape))
 
 
 @torch.no_grad()
 def plot_plane(model: HVAE, dataset: Dataset, path: str | Path | None = None) -> Figure:
-    """The means of q(z_1|x) of a data set on the plane of a two-dimensional z_1, coloured by the labels' first symbol.
+    """The means of q(z_1|x) on the plane of a two-dimensional z_1, coloured by the first symbol.
 
     Raises:
-        ValueError: the model has more than one level, or its latent is not a vector of two numbers.
+        ValueError: the model has more than one level, or its latent is not two numbers.
     """
     check_plane(model)
     means, labels = [], []
     for first in range(0, len(dataset), 500):
         items = [dataset[i] for i in range(first, min(first + 500, len(dataset)))]
-        x = torch.stack([image for image, _ in items]).to(model.to_image.weight.device)
-        means.append(model.infer(x)[1][0][0].mu.cpu())
+        x = torch.stack([image for image, _ in items]).to(model.device)
+        means.append(model.infer(x)[1][0].q.mu.cpu())
         labels += [int(label[0]) if len(label) else 0 for _, label in items]
     z = torch.cat(means)
     figure = Figure(figsize=(6, 5), layout="constrained")
@@ -264,37 +369,32 @@ def plot_plane(model: HVAE, dataset: Dataset, path: str | Path | None = None) ->
     points = axis.scatter(z[:, 0], z[:, 1], c=labels, s=3, cmap="tab10")
     axis.set(xlabel="z[0]", ylabel="z[1]", aspect="equal")
     figure.colorbar(points, ticks=sorted(set(labels)))
-    if path is not None:
-        figure.savefig(path, dpi=100)
-    return figure
+    return write_figure(figure, path)
 
 
 @torch.no_grad()
 def plot_manifold(model: HVAE, n: int = 20, path: str | Path | None = None) -> Figure:
-    """What the plane of a two-dimensional z_1 decodes to: an n x n grid over the quantiles of N(0, 1).
+    """What the plane of a two-dimensional z_1 decodes to: n x n quantiles of N(0, 1).
 
-    Every picture thus stands for the same share of the prior (Kingma & Welling 2014, figure 4). z[0] grows to the right,
-    z[1] upwards.
+    So every picture stands for the same share of the prior (Kingma & Welling 2014, figure 4).
+    z[0] grows to the right, z[1] upwards.
 
     Raises:
         ValueError: as plot_plane.
     """
     check_plane(model)
-    shares = (torch.arange(n) + 0.5) / n
-    z = torch.distributions.Normal(0, 1).icdf(shares)
-    grid = torch.cartesian_prod(-z, z).flip(1)  # rows from the top, (n * n, 2)
-    images = model.decode([grid.to(model.to_image.weight.device)]).image
-    sheet = make_grid(images, nrow=n, padding=0)
+    z = torch.distributions.Normal(0, 1).icdf((torch.arange(n) + 0.5) / n)
+    points = torch.cartesian_prod(-z, z).flip(1)  # rows from the top, (n * n, 2)
+    sheet = make_grid(model.decode([points.to(model.device)]).image, nrow=n, padding=0)
     figure = Figure(figsize=(7, 7 * sheet.shape[1] / sheet.shape[2]), layout="constrained")
     axis = figure.subplots()
     axis.imshow(sheet.permute(1, 2, 0).cpu().numpy(), extent=(0, n, 0, n))
+    ticks = [i + 0.5 for i in range(n)]
     values = [f"{value:.1f}" for value in z.tolist()]
-    axis.set(xticks=[i + 0.5 for i in range(n)], yticks=[i + 0.5 for i in range(n)], xlabel="z[0]", ylabel="z[1]")
-    axis.set_xticklabels(values, fontsize=6, rotation=90)
-    axis.set_yticklabels(values, fontsize=6)
-    if path is not None:
-        figure.savefig(path, dpi=100)
-    return figure
+    axis.set_xticks(ticks, values, fontsize=6, rotation=90)
+    axis.set_yticks(ticks, values, fontsize=6)
+    axis.set(xlabel="z[0]", ylabel="z[1]")
+    return write_figure(figure, path)
 
 
 def has_plane(model: HVAE) -> bool:
@@ -305,119 +405,127 @@ def has_plane(model: HVAE) -> bool:
 def check_plane(model: HVAE) -> None:
     if not has_plane(model):
         shapes = ", ".join("x".join(map(str, level.shape)) for level in model.levels)
-        raise ValueError(f"expected one level of two numbers and no text, got latents {shapes}")
+        raise InputError(f"expected one level of two numbers and no text, got latents {shapes}")
 
 
-class Aggregate(Normal):
-    """A Gaussian fit to q(z_L|x) over a data set: one mean and variance per value of z_L, (1, ...)."""
-
-    def expand(self, n: int) -> Normal:
-        return Normal(self.mu.expand(n, *self.mu.shape[1:]), self.logvar.expand(n, *self.logvar.shape[1:]))
-
-
-@torch.no_grad()
-def fit_aggregate(model: HVAE, dataset: Dataset, most: int = 512, seed: int = 0) -> Aggregate:
-    """Mean and variance of z_L ~ q(z_L|x) over the first images of a data set (Tomczak & Welling 2018, section 2)."""
-    if len(dataset) == 0:
-        raise ValueError("the data set is empty")
-    generator = torch.Generator().manual_seed(seed)
-    draws = []
-    for first in range(0, min(most, len(dataset)), BATCH):
-        indices = range(first, min(first + BATCH, most, len(dataset)))
-        x, y, _ = first_images(model, torch.utils.data.Subset(dataset, indices), BATCH)
-        draws.append(model.encode(x, y, generator)[-1])
-    z = torch.cat(draws)
-    return Aggregate(z.mean(0, keepdim=True), z.var(0, unbiased=False, keepdim=True).clamp(min=1e-6).log())
+def draw_texts(model: HVAE, n: int, text: str | None, seed: int) -> list[str]:
+    """The texts of n images; an empty list for an unconditional model."""
+    y = model.draw_text(n, text, seeded(seed))
+    return [] if y is None else [decode_text(row, model.charset) for row in y]
 
 
 def first_images(model: HVAE, dataset: Dataset, n: int) -> tuple[Tensor, Tensor | None, list[str]]:
-    """The first n images (n, C, H, W) of a data set, their texts as the model's y and as strings."""
+    """The first n images (n, C, H, W) of a data set; their texts as the model's y, as strings."""
     items = [dataset[i] for i in range(min(n, len(dataset)))]
     if not items:
-        raise ValueError("the data set is empty")
-    device = model.to_image.weight.device
-    x = torch.stack([image for image, _ in items]).to(device)
+        raise InputError("the data set is empty")
+    x = torch.stack([image for image, _ in items]).to(model.device)
     if model.text_length is None:
         return x, None, []
     y = torch.stack([label for _, label in items])
-    return x, y.to(device), [decode_text(row, model.charset) for row in y]
+    return x, y.to(model.device), [decode_text(row, model.charset) for row in y]
 
 
-# ------------------------------------------------------------------------------------------------ command line
+def test_images(
+    model: HVAE,
+    data: str = "captcha",
+    root: str | Path = "data",
+    limit: int | None = None,
+    fonts: Sequence[str] | None = None,
+) -> Dataset:
+    """Held-out images for a model: 512 captchas of the kind it draws, or MNIST's test set.
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=Help,
-                                     description="Draws captchas with a trained HVAE.")
-    option = parser.add_argument
-    option("--data", choices=tuple(CHECKPOINTS), default="captcha", help="which shipped checkpoint and test images")
-    option("--root", default="data", metavar="DIR", help="where MNIST is, or is downloaded to; for --figures")
-    option("--checkpoint", metavar="FILE", help="a file that HVAE.save wrote; default: the shipped one of --data")
-    option("--out", default="samples.png", metavar="FILE", help="the sheet of samples; of several, their names begin so")
-    option("--n", type=int, default=32, help=f"number of images; more than {SHEET} are written as several sheets")
-    option("--text", help="what to draw; by default a different text on every image")
-    option("--temperature", type=float, nargs="+", metavar="T",
-           help="times the priors' noise, 0 leaves none; one number, or one each from z_1 up; default: "
-           f"{TOP} for the top level, {GLYPHS} for the middle and {TEXTURE} for the lowest ones")
-    option("--seed", type=int, default=0, help="another seed gives other samples")
-    option("--individual", metavar="DIR", help="write one file per image into this folder instead of a sheet")
-    option("--figures", metavar="DIR", help="write the README's pictures into this folder instead of a sheet")
-    option("--device", help="cpu, cuda, ...; CUDA if there is one")
-    args = parser.parse_args(arguments)
-    if args.n < 1:
-        parser.error(f"argument --n: expected at least 1, got {args.n}")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"argument --seed: expected a number from 0 to 2^63 - 1, got {args.seed}")
-    keep_memory()
-    try:
-        model = HVAE.load(args.checkpoint or CHECKPOINTS[args.data], pick_device(args.device))
-        if args.figures:
-            save_figures(model, Path(args.figures), test_images(model, args.data, args.root))
-            print(f"pictures in {args.figures}")
-        elif args.individual:
-            save_individual(model, args.individual, args.n, args.text, args.temperature, args.seed)
-            print(f"{args.n} images in {args.individual}")
-        else:
-            paths = save_sheets(model, args.out, args.n, args.text, args.temperature, args.seed)
-            print(f"{args.n} samples on {' to '.join(map(str, paths[:1] + paths[1:][-1:]))}")
-    except (ValueError, OSError) as error:
-        refuse(parser, one_line(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted\n")
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        refuse(parser, "not enough memory")
-
-
-def test_images(model: HVAE, data: str = "captcha", root: str | Path = "data", most: int | None = None,
-                fonts: Sequence[str] | None = None) -> Dataset:
-    """Held-out images for a model: 512 captchas of the kind it draws, or MNIST's test set; or so many of them.
-
-    Of MNIST evenly spaced ones: the first half of its test set is easier than the second.
+    `limit` is another number of them; of MNIST evenly spaced ones, because the first half of its
+    test set is easier than the second.
     """
     if data == "mnist":
         test_set = MNIST("test", root, model.text_length)
-        n = len(test_set) if most is None else min(most, len(test_set))
-        return torch.utils.data.Subset(test_set, [i * len(test_set) // n for i in range(n)])
-    size = 512 if most is None else most
-    return CaptchaDataset(size, "test", model.input_shape[1:], model.text_length or 4, model.charset, fonts=fonts)
+        n = len(test_set) if limit is None else min(limit, len(test_set))
+        return Subset(test_set, [i * len(test_set) // n for i in range(n)])
+    size, length = 512 if limit is None else limit, model.text_length or 4
+    return CaptchaDataset(size, "test", model.input_shape[1:], length, model.charset, fonts=fonts)
+
+
+test_images.__test__ = False  # not a test, whatever pytest thinks of its name
 
 
 def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
     """Pictures of what a model draws and holds, with held-out images as the originals."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_image(sample_sheet(model, 32), folder / "samples.png")
+    write_image(sample_sheet(model, 32), folder / "samples.png")
     originals, _, _ = first_images(model, test_set, 32)
-    save_image(framed(originals, columns_for(model)), folder / "originals.png")
+    write_image(grid(originals, columns_for(model)), folder / "originals.png")
     plot_samples(model, path=folder / "temperatures.png")
     plot_reconstructions(model, test_set, path=folder / "reconstructions.png")
     plot_levels(model, test_set, path=folder / "levels.png")
-    plot_interpolation(model, test_set, (0, min(1, len(test_set) - 1)), path=folder / "interpolation.png")
+    pair = (0, min(1, len(test_set) - 1))
+    plot_interpolation(model, test_set, pair, path=folder / "interpolation.png")
     plot_prior_vs_aggregate(model, test_set, path=folder / "prior_vs_aggregate.png")
     if has_plane(model):
         plot_plane(model, test_set, path=folder / "plane.png")
         plot_manifold(model, path=folder / "manifold.png")
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def sampling_parser() -> argparse.ArgumentParser:
+    parser = make_parser("Draws captchas with a trained HVAE.")
+    add = parser.add_argument
+    add("--data", choices=tuple(CHECKPOINTS), default="captcha", help="whose shipped checkpoint")
+    add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
+    add("--checkpoint", type=path_argument, metavar="FILE", help="a file that HVAE.save wrote")
+    add("--out", type=path_argument, default="samples.png", metavar="FILE", help="the sheet")
+    add("--n", type=int, default=32, help=f"images; more than {SHEET} take several sheets")
+    add("--text", help="what to draw; by default another text on every image")
+    add(
+        "--temperature",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="times the priors' noise; one number, or one for each level, z_1 first; default: "
+        f"{TOP} for the top level, {GLYPHS} for the middle, {TEXTURE} for the lowest ones",
+    )
+    add("--seed", type=int, default=0, help="another seed gives other samples")
+    add("--individual", type=path_argument, metavar="DIR", help="one file per image, no sheet")
+    add("--figures", type=path_argument, metavar="DIR", help="the README's pictures, no sheet")
+    add("--device", help="cpu, cuda, ...; CUDA if there is one")
+    return parser
+
+
+def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
+    """The options that have no effect, by the reason."""
+    if args.figures:
+        sheet = {"individual", "out", "n", "text", "temperature", "seed"}
+        return {"with --figures": sheet | ({"root"} if args.data == "captcha" else set())}
+    unused = {"without --figures": {"root"}}
+    if args.individual:
+        unused["with --individual"] = {"out"}
+    if args.checkpoint:
+        unused["with --checkpoint"] = {"data"}
+    return unused
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = sampling_parser()
+    args = parser.parse_args(arguments)
+    reject_unused(parser, given_options(parser, arguments), unused_options(args))
+    keep_memory()
+    with one_line_errors(parser):
+        validate_int("--n", args.n, 1)
+        validate_int("--seed", args.seed, 0, 2**63 - 1)
+        model = HVAE.load(args.checkpoint or CHECKPOINTS[args.data], pick_device(args.device))
+        request = (args.n, args.text, args.temperature, args.seed)
+        if args.figures:
+            save_figures(model, Path(args.figures), test_images(model, args.data, args.root))
+            print(f"pictures in {args.figures}")
+        elif args.individual:
+            save_individual(model, args.individual, *request)
+            print(f"{args.n} images in {args.individual}")
+        else:
+            paths = save_sheets(model, args.out, *request)
+            sheets = f"{paths[0]} to {paths[-1]}" if len(paths) > 1 else paths[0]
+            print(f"{args.n} samples on {sheets}")
 
 
 if __name__ == "__main__":

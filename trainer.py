@@ -1,590 +1,443 @@
 """train() fits an HVAE, evaluate() measures one, plot_history() draws how training went.
 
-The loss of a batch, in nats per image (see `loss_terms`):
+The loss of a batch, in nats per image (`objective`; of a flow also `flow_loss`):
 
-    reconstruction + beta * sum_l max(KL_l, free_nats_l)  [ - log p(z_L) of the z_L drawn, for a flow ]
+    reconstruction + beta * sum_l max(KL_l, free_nats_l)  [ - log p(z_L) of the z_L drawn ]
 
-Four things make samples follow their text and look like the data; each was needed in our experiments:
+Each of four things was needed for samples that follow their text and look like the data:
 
-    beta starts high and falls to 1. While information is dear, the model looks for the cheapest description of an
-        image, and the text is free.
-    closed levels: for half of every batch the lowest levels take their prior's mean instead of seeing x. What is
-        left to draw the glyphs from is the top latents and the text; in half of these, at first, the very top alone.
-    free_nats: what a level may say for nothing, so that the upper ones are not abandoned.
-    a flow as p(z_L): nats that are free do not draw q(z_L) to its prior, so the prior is drawn to it.
+    beta starts above 1. While information is expensive, the model looks for the cheapest
+        description of an image, and the text costs nothing.
+    closed levels: for half of every batch the lowest levels take their prior's mean instead of
+        seeing x. The glyphs of these images can only come from the top latents and the text. At
+        first, for half of these images, every level but the top is closed.
+    free_nats: KL of a level that costs nothing, so that the upper levels are used.
+    a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
+        fitted to q(z_L).
 """
 
 import argparse
-import copy
+import json
 import math
 import os
 import sys
 import time
-from numbers import Real
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.utils import save_image
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
-import parallel
-from blocks import whole
-from dataset import MNIST, CaptchaDataset, CaptchaFolder, Help, one_line, refuse
-from flow import fit
-from generate import save_figures, test_images, usual_temperature
-from model import (CONFIGS, ELBO, HVAE, Normal, has_bf16, is_plain, keep_memory, lower_half, out_of_memory, per_level,
-                   pick_device)
-from runs import (Interruption, Run, has_state, holds_model_alone, holds_run, load_state, lock, replace, save_state,
-                  saved_on_failure, shield_worker, strike, write_csv)
+from dataset import MNIST, CaptchaDataset, CaptchaFolder
+from generate import sample_sheet, save_figures, test_images, write_image
+from hvae import parallel
+from hvae.checkpoint import atomic_write, has_state, locked, write_csv
+from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
+from hvae.distributions import DiagonalGaussian
+from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
+from hvae.run import Run, copy_buffers
+from hvae.validate import InputError, per_level, validate_int, validate_number
+from model import CONFIGS, HVAE, ELBOTerms, Level
 
-VERSION = "1.0"  # of this code, written into every checkpoint
+VERSION = "2.0"  # of this code, written into every checkpoint
 
-# What the command line does by default for each of model.CONFIGS. Where the likelihood is what counts: no closed levels or
-# free nats, unless a config says so, and a beta that rises instead of falling.
+
+# ---------------------------------------------------------------------------- hyperparameters
+
+
+def option(default, help: str, low: float = -math.inf, high: float = math.inf):
+    """A hyperparameter with its default, its help, and its range low <= value < high."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass
+class Hyperparameters:
+    """The settings of a run: keywords of train(), flags of the command line, part of the state.
+
+    Raises:
+        ValueError: naming the one that is out of range.
+    """
+
+    steps: int = option(11_000, "training steps in all", 1)
+    batch_size: int = option(32, "images per step", 1)
+    lr: float = option(2e-3, "peak of AdamW's learning rate, which falls as a cosine to 2%%", 1e-12)
+    warmup: int = option(200, "steps over which the learning rate rises", 0)
+    beta_start: float = option(5.0, "weight of the KL at the start; it goes to 1", 1e-12)
+    beta_steps: int = option(7_700, "steps over which beta falls to 1", 1)
+    free_nats: Sequence[float] | float | None = option(
+        None,
+        "KL per image that costs nothing: of every level, or one each, z_1 first; "
+        "default: 40, and 80 for the top",
+    )
+    closed_levels: int | None = option(
+        None, "lowest levels closed in a part of each batch; default: the lower half of a ladder"
+    )
+    closed_share: float = option(0.5, "share of each batch that has closed levels", 0, 1)
+    top_share: float = option(
+        0.5, "share of those images in which only the top is open, in the first third", 0, 1.001
+    )
+    ema: float = option(0.999, "decay of the averaged weights", 0, 1)
+    frozen_latents: bool = option(False, "train only p(x|z), with latents and priors as they are")
+    binarise: bool = option(False, "draw every pixel as 0 or 1, anew at every step")
+    eval_every: int = option(1000, "steps between evaluations, samples and checkpoints", 1)
+    log_every: int = option(50, "steps that a row of the metrics averages over", 1)
+    seed: int = option(0, "of the weights, the noise and the order of the data", 0, 2**32)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int:
+                validate_int(f.name, value, f.metadata["low"], f.metadata["high"] - 1)
+            elif f.type is float:
+                validate_number(f.name, value, f.metadata["low"], f.metadata["high"])
+                setattr(self, f.name, float(value))  # numpy's numbers are not JSON
+            elif f.type is bool:
+                setattr(self, f.name, bool(value))
+
+    def fit_to(self, model: HVAE) -> None:
+        """Sets what depends on the number of levels.
+
+        Raises:
+            ValueError: there are other numbers of free nats, or fewer levels to close.
+        """
+        levels = len(model.levels)
+        default = [40.0] * (levels - 1) + [80.0]
+        free_nats = default if self.free_nats is None else self.free_nats
+        self.free_nats = per_level("free_nats", free_nats, levels)
+        below_top = levels - 1 if model.top_down else 0
+        if self.frozen_latents:
+            self.closed_levels = 0
+        elif self.closed_levels is None:
+            self.closed_levels = min((levels + 1) // 2, below_top)
+        validate_int("closed_levels", self.closed_levels, 0, below_top)
+
+    def lr_at(self, step: int) -> float:
+        """A linear rise, then half a cosine from lr to 2% of it."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def beta_at(self, step: int) -> float:
+        return self.beta_start ** max(0.0, 1 - step / self.beta_steps)
+
+    def closed_at(self, step: int, levels: int) -> Tensor:
+        """(batch_size,): how many of the lowest levels are closed, for each image of a batch."""
+        closed = torch.zeros(self.batch_size, dtype=torch.long)
+        if self.closed_levels:
+            closed[: int(self.closed_share * self.batch_size)] = self.closed_levels
+            if 3 * step < self.steps:
+                only_top = int(self.top_share * self.closed_share * self.batch_size)
+                closed[:only_top] = levels - 1
+        return closed
+
+
+# The defaults of the command line for each of model.CONFIGS.
 LIKELIHOOD_FIRST = dict(beta_start=0.1, beta_steps=2_000, free_nats=[0.0], closed_share=0.0)
 TRAINING = {
     "captcha": {},
-    "captcha-logistic": {**LIKELIHOOD_FIRST, "beta_start": 0.03, "beta_steps": 3_000, "free_nats": [0.0, 300.0, 60.0],
-                         "closed_levels": 1, "closed_share": 0.25, "batch_size": 8, "steps": 26_000},
+    "captcha-context": {  # to begin with the latents of a checkpoint, see --init
+        "frozen_latents": True,
+        "beta_start": 1.0,
+        "lr": 2.5e-3,
+        "warmup": 100,
+        "ema": 0.998,
+        "batch_size": 8,
+        "steps": 10_000,
+    },
     "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 5_000},
-    "mnist-hvae": {**LIKELIHOOD_FIRST, "free_nats": [0.0, 4.0, 4.0, 4.0, 4.0], "batch_size": 50, "steps": 33_000,
-                   "binarise": True},
+    "mnist-hvae": {
+        **LIKELIHOOD_FIRST,
+        "free_nats": [0.0, 4.0, 4.0, 4.0, 4.0],
+        "batch_size": 50,
+        "steps": 33_000,
+        "binarise": True,
+    },
 }
+
+
+# ---------------------------------------------------------------------------- training
 
 
 def train(
     model: HVAE | None = None,
     dataset: Dataset | None = None,
     *,
-    steps: int = 11_000,
-    batch_size: int = 32,
-    lr: float = 2e-3,
-    warmup: int = 200,
-    beta_start: float = 5.0,
-    beta_steps: int = 7_700,
-    free_nats: float | Sequence[float] | None = None,
-    closed_levels: int | None = None,
-    closed_share: float = 0.5,
-    top_share: float = 0.5,
-    ema: float = 0.999,
-    binarise: bool = False,
-    device: str | None = None,
-    bf16: bool | None = None,
-    workers: int = 1,
-    seed: int = 0,
+    val_dataset: Dataset | None = None,
     out: str | Path = "checkpoints/run",
     resume: bool = False,
     keep: bool = False,
-    val_dataset: Dataset | None = None,
-    eval_every: int = 1000,
-    log_every: int = 50,
+    device: str | None = None,
+    bf16: bool | None = None,
+    workers: int = 1,
+    **hyperparameters,
 ) -> tuple[HVAE, list[dict]]:
-    """Trains a model and returns it, with averaged weights and in eval mode, and its history.
+    """Trains a model; returns it, with averaged weights and in eval mode, and its history.
 
-    In the folder `out`: hvae.pt (the averaged model, for HVAE.load), metrics.csv (the history), loss.png, samples.png,
-    and state.pt, from which `resume=True`, with the same arguments, goes on as if there had been no interruption. SIGTERM
-    and Ctrl-C save the state before they end the run. Under torchrun, several processes share every batch; see parallel.py.
+    The folder `out` receives hvae.pt (the averaged model), metrics.csv (the history), loss.png,
+    samples.png, and state.pt, from which `resume=True` goes on as if there had been no
+    interruption. Ctrl-C and SIGTERM save the state first.
 
     Args:
-        model: None is HVAE(), with the data's image size and text.
+        model: None is HVAE() for the data's images and texts.
         dataset: of (image (C, H, W) in [0, 1], label (T,)); None renders captchas without end.
-        steps, batch_size, lr, warmup: AdamW; the rate rises over `warmup` steps, then falls as a cosine to 2%.
-        beta_start, beta_steps: beta goes exponentially from beta_start to 1 over this many steps. A run that is over
-            before draws legible letters sooner: the fewer images, the less a latent should be allowed to hold.
-        free_nats: per image, averaged over the batch; one number for every level, or one each from z_1 up. None is 40,
-            and 80 for the top level: more than its KL at the start, so that nothing keeps z_L from finding its use.
-        closed_levels, closed_share: how many of the lowest levels are closed, and for which share of each batch; None
-            closes the lower half of a top-down model, rounded up. Bottom-up models have no closed levels.
-        top_share: in the first third of the run, in this share of the images with closed levels, every level but the top
-            is closed. What belongs to the image as a whole, its colours above all, thus finds its way into z_L.
-        ema: decay of the weights' moving average.
-        binarise: draw every pixel as 0 or 1 with its value as the probability, anew whenever an image is used.
-        device: None takes CUDA if there is one.
-        bf16: None uses bfloat16 autocast where the hardware has it.
+        val_dataset: held-out images; None renders the split 'val', or takes a tenth of the data.
         keep: keep the averaged model of every evaluation, as hvae-STEP.pt.
-        val_dataset: held-out images; None renders the split 'val', or sets a tenth of other data aside.
-        eval_every: steps between evaluations, samples and checkpoints.
-        log_every: steps that a row of the history averages over.
+        device, bf16: None is CUDA, and bfloat16 autocast, if there are any.
+        workers: processes that load or render.
+        hyperparameters: see `Hyperparameters`, such as steps=2000, lr=1e-3.
 
     Raises:
-        ValueError: an argument is out of range, data and model do not fit, `out` holds a run and resume is False, or a
-            model and no run and resume is True, or both its states are damaged, or a batch cannot be shared evenly by the
-            processes.
-        OSError: a file cannot be written.
-        FloatingPointError: naming the term of the ELBO that stayed NaN or infinite for many steps.
+        ValueError: naming the argument, the data, or what is wrong with the folder `out`.
+        OSError: naming the file that cannot be written.
+        FloatingPointError: naming the term of the ELBO that stayed NaN or infinite.
     """
-    check_seed(seed)
-    check_whole(1, steps=steps, batch_size=batch_size, beta_steps=beta_steps, eval_every=eval_every, log_every=log_every)
-    check_whole(0, warmup=warmup, workers=workers)
-    lr, beta_start, closed_share, top_share, ema = check_numbers(lr, beta_start, closed_share, top_share, ema)
+    hp = Hyperparameters(**hyperparameters)
+    validate_int("workers", workers, 0)
     out = Path(out)
-    if holds_run(out) and not resume:
-        raise ValueError(f"{out} holds a run: continue it with resume=True, or choose another folder")
-    if resume and holds_model_alone(out):
-        raise ValueError(f"{out} holds a model, but no run that could be resumed; choose another folder")
-    device = parallel.join(device)
-    leads = parallel.rank() == 0
-    bf16 = has_bf16(device) if bf16 is None else bf16
+    validate_folder(out, resume)
+    device = parallel.init_processes(device)
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and mean nothing here
     keep_memory()
-    torch.manual_seed(seed)
+    torch.manual_seed(hp.seed)
     dataset = CaptchaDataset(1_000_000) if dataset is None else dataset
-    train_set, val_set = (dataset, val_dataset) if val_dataset is not None else hold_out(dataset, seed)
+    train_set, val_set = dataset, val_dataset
+    if val_dataset is None:
+        train_set, val_set = hold_out(dataset, hp.seed)
     model = model_for(dataset) if model is None else model
-    check_batch(train_set, batch_size)
-    check_fit(model, train_set)
-    check_fit(model, val_set)
-    if not is_plain([model.provenance, getattr(dataset, "description", None)]):
-        raise ValueError("the data set's description holds something other than numbers, strings, lists and dicts of them")
-    closed_levels = check_closed(model, closed_levels)
-    closed_first, closed_then = (parallel.share(closings(model, batch_size, closed_levels, closed_share, share)).to(device)
-                                 for share in (top_share, 0.0))
-    free_nats = check_free(model, free_nats)
-    settings = dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, beta_start=beta_start, beta_steps=beta_steps,
-                    free_nats=free_nats, closed_levels=closed_levels, closed_share=closed_share, top_share=top_share, ema=ema,
-                    binarise=bool(binarise), seed=seed, images=len(train_set))
-    free_nats = torch.tensor(free_nats, device=device)
-    model.to(device).train()
+    hp.fit_to(model)
+    validate_batch_size(hp.batch_size, len(train_set))
+    for data in (train_set, val_set):
+        validate_data(model, data)
+    description = getattr(dataset, "description", type(dataset).__name__)
+    validate_json("description", description)
+
     out.mkdir(parents=True, exist_ok=True)
-    alone = lock(out) if leads else None  # noqa: F841, held to the end; also, can the folder be written to?
+    with locked(out) if parallel.rank() == 0 else nullcontext():
+        bf16 = has_bf16(device) if bf16 is None else bf16
+        run = Run(model, hp, device, bf16, description, images=len(train_set))
+        if has_state(out):
+            run.load(out / "state.pt")
+        elif not model.to_image.bias.any():  # the constructor's zeros: nobody has trained it
+            first = [train_set[i][0] for i in range(min(64, len(train_set)))]
+            model.set_output_level(torch.stack(first).to(device))
+        validate_step(run, out)
+        take_steps(run, train_set, val_set, out, workers, keep)
+    return run.average.module, run.history
 
-    forward = parallel.wrap(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    run = Run(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer, settings=settings)
-    if has_state(out / "state.pt"):
-        load_state(out / "state.pt", run)
-    else:
-        if not model.provenance:  # fresh weights
-            model.set_output_level(torch.stack([train_set[i][0] for i in range(min(64, len(train_set)))]).to(device))
-        run.average.load_state_dict(model.state_dict())
-    if run.step > steps:
-        raise ValueError(f"{out} holds {run.step} steps, more than steps={steps}")
-    if not parallel.agree(run.step, device):
-        raise ValueError(f"{out}: the processes find different states in it; do all of them share that folder?")
 
-    indices = map(parallel.share, batches(len(train_set), batch_size, seed, run.step, steps))
-    loader = DataLoader(train_set, batch_sampler=indices,
-                        num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(),
-                        worker_init_fn=shield_worker)
+def take_steps(
+    run: Run, train_set: Dataset, val_set: Dataset, out: Path, workers: int, keep: bool
+) -> None:
+    """Steps until hp.steps are done, with rows of the history, checkpoints, and signals."""
+    hp = run.hp
+    indices = batches(len(train_set), hp.batch_size, hp.seed, run.step, hp.steps)
+    loader = DataLoader(
+        train_set,
+        batch_sampler=map(parallel.shard, indices),
+        num_workers=workers,
+        pin_memory=run.device.type == "cuda",
+        generator=torch.Generator(),
+        worker_init_fn=ignore_interrupts,
+    )
+    leads = parallel.rank() == 0
     start = time.time() - run.seconds
-    bar = tqdm(loader, initial=run.step, total=steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1,
-               disable=not leads)
-    with Interruption() as stop:
-        for x, y in saved_on_failure(bar, out / "state.pt", run):
-            if parallel.size() > 1:  # every process its own noise, and again the same after an interruption
-                torch.manual_seed((seed * 1_000_003 + run.step) * parallel.size() + parallel.rank())
-            x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
-            x = binarised(x) if binarise else x
-            y = y.to(device, non_blocking=True) if model.text_length is not None else None
-            for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate(run.step, steps, warmup)
-            beta = beta_start ** max(0.0, 1 - run.step / beta_steps)
-            closed = closed_first if 3 * run.step < steps else closed_then
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, terms = loss_terms(forward, x, y, beta, free_nats, closed)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            run.step += 1
-            if run.clip(model):
-                optimizer.step()
-                update_average(run.average, model, min(ema, run.step / (run.step + 10)))
-            else:
-                copy_buffers(run.average, model)  # batch norm has seen what was skipped
-            run.record(terms)
-
+    with DeferredSignals() as signals:
+        loaded = iter(loader)
+        signals.ignore_dead_workers()
+        look = dict(desc="train", unit="step", dynamic_ncols=True, mininterval=1)
+        bar = tqdm(loaded, initial=run.step, total=hp.steps, disable=not leads, **look)
+        for x, y in save_on_failure(bar, run, out / "state.pt", signals):
+            run.record(training_step(run, x, y))
             run.seconds = time.time() - start
-            checkpoint = run.step % eval_every == 0 or run.step == steps
-            if run.step % log_every == 0 or checkpoint:
-                row = run.log(batch_size, beta)
-                bar.set_postfix_str(describe(row, len(model.levels)))
-            if checkpoint and leads:
-                metrics = evaluate(run.average, val_set, batch_size=batch_size, binarise=binarise, bf16=bf16)
-                if not math.isfinite(metrics["elbo"]):
-                    raise FloatingPointError(f"step {run.step}: the held-out ELBO is {metrics['elbo']}: the weights are ruined, "
-                                             "or a held-out image is broken; what was saved before is untouched")
-                row.update(held_out_columns(metrics))
-                run.average.provenance = provenance(dataset, run, batch_size, binarise, metrics, device)
-                write_files(out, run, seed, keep)
-                tqdm.write(f"step {run.step}: held out -elbo {-metrics['elbo']:,.1f} nats = reconstruction "
-                           f"{metrics['reconstruction']:,.1f} + kl {sum(metrics['kl']):,.1f}")
-            number = parallel.any_signal(stop.signal, device)  # one that arrives meanwhile is for the next step
-            if number:
-                with parallel.leader_first():  # torchrun ends the rest as soon as one is gone
+            is_checkpoint = run.step % hp.eval_every == 0 or run.step == hp.steps
+            if run.step % hp.log_every == 0 or is_checkpoint:
+                row = run.add_row()
+                bar.set_postfix_str(describe(row, len(run.model.levels)))
+            if is_checkpoint and leads:
+                write_checkpoint(run, val_set, out, keep)
+            received = parallel.all_reduce_max(signals.received, run.device)
+            if received:
+                signals.received = received
+                with parallel.rank_0_first():  # torchrun ends the others as soon as one is gone
                     if leads:
-                        save_state(out / "state.pt", run)
-                strike(number)
-    if stop.signal:  # in the last step
-        strike(stop.signal)
-    return run.average, run.history
+                        save_interrupted(run, out / "state.pt")
+                signals.end_process()
+    signals.end_process()  # a signal in the last step
+
+
+def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
+    """One step: batch, loss, backward, clip, step, average. Returns the terms of the ELBO."""
+    model, hp, device = run.model, run.hp, run.device
+    if parallel.world_size() > 1:  # noise that differs between processes, and not after a resume
+        noise = (hp.seed * 1_000_003 + run.step) * parallel.world_size() + parallel.rank()
+        torch.manual_seed(noise)
+    x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
+    x = binarised(x) if hp.binarise else x
+    y = y.to(device, non_blocking=True) if model.text_length is not None else None
+    closed = parallel.shard(hp.closed_at(run.step, len(model.levels))).to(device)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
+        terms = run.forward(x, y, closed)
+    loss = objective(terms, hp.beta_at(run.step), run.free_nats, closed)
+    if model.levels[-1].flow is not None:
+        loss = loss + flow_loss(model.levels[-1], terms.z_top.detach())
+
+    for group in run.optimizer.param_groups:
+        group["lr"] = hp.lr_at(run.step)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    run.step += 1
+    if run.clip(model):
+        run.optimizer.step()
+        run.average.update_parameters(model)
+    else:  # a broken image must not stay in the statistics of batch normalisation either
+        copy_buffers(run.average.module, model)
+    return batch_means(terms, closed)
+
+
+def objective(terms: ELBOTerms, beta: float, free_nats: Tensor, closed: Tensor) -> Tensor:
+    """reconstruction + beta * sum_l max(KL_l, free_nats_l), batch mean, in nats per image.
+
+    Free bits (Kingma et al. 2016, eq. 15) hold for a level's mean KL over the images in which it
+    is open: `closed` (B,) is the number of an image's closed levels, whose KL is zero.
+    """
+    is_open = is_open_level(terms, closed)
+    kl = (terms.kl * is_open).sum(0)  # (L,)
+    free = parallel.all_reduce_sum(is_open.sum(0)) * free_nats
+    # a chain's KL terms can be negative, and count then too
+    is_free = (parallel.all_reduce_sum(kl) <= free) & (free > 0)
+    kl = torch.where(is_free, free / parallel.world_size(), kl)
+    return terms.reconstruction.mean() + beta * kl.sum() / len(terms.kl)
+
+
+def is_open_level(terms: ELBOTerms, closed: Tensor) -> Tensor:
+    """(B, L): whether a level sees x."""
+    return closed[:, None] <= torch.arange(terms.kl.shape[1], device=closed.device)
+
+
+def flow_loss(top: Level, z: Tensor) -> Tensor:
+    """-log p(z_L), mean in nats: fits the flow to every draw, even where its KL is free."""
+    return -top.prior(z).log_prob(z).mean()
+
+
+@torch.no_grad()
+def batch_means(terms: ELBOTerms, closed: Tensor) -> dict[str, float]:
+    """The terms of the ELBO, each over the images in which nothing, or that level, is closed."""
+    is_open = is_open_level(terms, closed)
+    of_open, of_all = terms.reconstruction[closed == 0].sum(), terms.reconstruction.sum()
+    counts = torch.cat([is_open.sum(0), torch.tensor([len(closed)], device=closed.device)])
+    sums = torch.cat([(terms.kl * is_open).sum(0), of_open[None], of_all[None]])
+    *n_open, n = parallel.all_reduce_sum(counts).tolist()
+    *kl, of_open, of_all = parallel.all_reduce_sum(sums).tolist()
+    kl = [total / count for total, count in zip(kl, n_open, strict=True)]
+    reconstruction = of_open / n_open[0]
+    means = {"neg_elbo": reconstruction + sum(kl), "reconstruction": reconstruction}
+    if n_open[0] < n:
+        means["reconstruction_closed"] = (of_all - of_open) / (n - n_open[0])
+    return {**means, **{f"kl_{l + 1}": value for l, value in enumerate(kl)}}
 
 
 def binarised(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Every pixel drawn as 0 or 1 with its value as the probability; NaN stays, so that its step is skipped."""
-    return torch.where(x.isfinite(), torch.bernoulli(x.nan_to_num(0, 0, 0).clamp(0, 1), generator=generator), x)
-
-
-def closings(model: HVAE, batch_size: int, closed_levels: int, closed_share: float, top_share: float) -> Tensor:
-    """(B,): how many of the lowest levels are closed, for each image of a batch."""
-    closed = torch.zeros(batch_size, dtype=torch.long)
-    if closed_levels:
-        closed[: int(closed_share * batch_size)] = closed_levels
-        closed[: int(top_share * closed_share * batch_size)] = len(model.levels) - 1
-    return closed
-
-
-def fit_prior(model: HVAE, dataset: Dataset, images: int = 150_000, steps: int = 10_000, batch_size: int = 256,
-              lr: float = 1e-3, workers: int = 1, seed: int = 0, binarise: bool = False) -> HVAE:
-    """Fits p(z_L), a flow, to q(z_L) over the first so many images of a data set; all else stays as it is.
-
-    What training has left between the two is what keeps samples from looking like reconstructions, and this takes
-    minutes (a second stage, as in Dai & Wipf 2019, section 4). Changes the model, and returns it in eval mode.
-
-    Raises:
-        ValueError: the model has no flow.
-    """
-    top = model.eval().levels[-1]
-    if top.flow is None:
-        raise ValueError("p(z_L) is N(0, I) in this model; there is no flow to fit (flow=24, or --flow 24, begins one)")
-    device = model.to_image.weight.device
-    torch.manual_seed(seed)
-    first = Subset(dataset, range(min(images, len(dataset))))
-    mu, logvar = encode_top(model, DataLoader(first, 100, num_workers=workers, worker_init_fn=shield_worker), binarise)
-
-    def draw(n: int) -> Tensor:
-        i = torch.randint(len(mu), (n,), device=device)
-        return Normal(mu[i], logvar[i]).sample()
-
-    p = top.prior(torch.empty(batch_size, 0, device=device))  # p(z_L) looks at nothing but the number
-    fit(p, draw, steps, batch_size, lr)
-    model.provenance = {**model.provenance, "prior_fit": {"images": len(first), "steps": steps, "batch_size": batch_size}}
-    return model
-
-
-@torch.no_grad()
-def encode_top(model: HVAE, loader: DataLoader, binarise: bool) -> tuple[Tensor, Tensor]:
-    """mu and logvar of q(z_L|.) of every image, (n, c) each."""
-    device = model.to_image.weight.device
-    posteriors = []
-    for x, y in tqdm(loader, desc="encode", unit="batch", dynamic_ncols=True, mininterval=1):
-        x = binarised(x) if binarise else x
-        y = y.to(device) if model.text_length is not None else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            posteriors.append(model.infer(x.to(device), y)[1][-1][0])
-            if not all(part.isfinite().all() for part in posteriors[-1]):
-                raise FloatingPointError(f"an image among the first {100 * len(posteriors)} is encoded to NaN")
-    return torch.cat([q.mu for q in posteriors]), torch.cat([q.logvar for q in posteriors])
-
-
-def with_flow(model: HVAE, couplings: int) -> HVAE:
-    """The same model with a fresh flow as p(z_L)."""
-    changed = HVAE(**{**model.config, "flow": couplings})
-    weights = {name: weight for name, weight in model.state_dict().items() if ".flow." not in name}
-    changed.load_state_dict(weights, strict=False)
-    changed.provenance = model.provenance
-    return changed
-
-
-def with_neighbours(model: HVAE) -> HVAE:
-    """The same model of the same images, whose pixels' means can be taught to move with their neighbours'.
-
-    Raises:
-        ValueError: its likelihood is not the logistic.
-    """
-    changed = HVAE(**{**model.config, "neighbours": True})
-    weights = model.state_dict()
-    more = changed.to_image.out_channels - model.to_image.out_channels
-    weights["to_image.weight"] = torch.nn.functional.pad(weights["to_image.weight"], (0, 0, 0, 0, 0, more))
-    weights["to_image.bias"] = torch.nn.functional.pad(weights["to_image.bias"], (0, more))
-    changed.load_state_dict(weights)
-    changed.provenance = model.provenance
-    return changed
-
-
-def loss_terms(model: HVAE, x: Tensor, y: Tensor | None, beta: float, free_nats: float | Tensor, closed: Tensor):
-    """The loss of a batch and, for the record, its terms as numbers.
-
-    `free_nats` is one number or (L,). `closed` (B,) is the number of lowest levels that take their prior's mean, per
-    image; those have no KL. Free bits (Kingma et al. 2016, eq. 15) hold for a level's mean over the images in which it
-    is open.
-    """
-    elbo = model(x, y, closed)
-    levels = getattr(model, "module", model).levels  # inside DistributedDataParallel
-    is_open = closed[:, None] <= torch.arange(len(levels), device=x.device)  # (B, L)
-    unclosed = elbo.reconstruction[closed == 0]
-    sums = [is_open.sum(0), (elbo.kl * is_open).sum(0), unclosed.sum()[None], elbo.reconstruction.sum()[None]]
-    n, kl, of_unclosed, of_all = parallel.total(torch.cat(sums)).split([len(levels), len(levels), 1, 1])
-    images = parallel.size() * len(x)
-
-    free = n * free_nats
-    within = (kl <= free) & (free > 0)  # a chain's KL terms can be negative, and mean something then too
-    cost = torch.where(within, free, parallel.size() * sums[1]) / images  # what is within has no gradient
-    loss = elbo.reconstruction.mean() + beta * cost.sum()
-    if levels[-1].flow is not None:  # fitted to every draw, though the KL that it is part of may be free
-        z = elbo.z_top.detach()
-        loss = loss - levels[-1].prior(z).log_prob(z).mean()
-
-    kl, reconstruction = (kl / n).tolist(), (of_unclosed / n[0]).item()
-    terms = {"neg_elbo": reconstruction + sum(kl), "reconstruction": reconstruction}
-    if n[0] < images:
-        terms["reconstruction_closed"] = ((of_all - of_unclosed) / (images - n[0])).item()
-    return loss, {**terms, **{f"kl_{l + 1}": value for l, value in enumerate(kl)}}
-
-
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """The factor on lr: a linear rise, then half a cosine from 1 to 0.02."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
-
-
-@torch.no_grad()
-def update_average(average: HVAE, model: HVAE, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model; buffers (batch norm's statistics) are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    copy_buffers(model, average)
-
-
-@torch.no_grad()
-def copy_buffers(source: HVAE, target: HVAE) -> None:
-    for theirs, mine in zip(source.buffers(), target.buffers()):
-        mine.copy_(theirs)
-
-
-# ------------------------------------------------------------------------------------------------ evaluation
-
-
-@torch.no_grad()
-def evaluate(model: HVAE, dataset: Dataset, importance_samples: int = 1, *, batch_size: int = 64,
-             binarise: bool = False, bf16: bool = False, seed: int = 0) -> dict:
-    """Means over a data set, in nats per image.
-
-    Returns:
-        elbo, reconstruction, kl (a list, z_1 first); log_likelihood, the importance-weighted lower bound on log p(x)
-        with that many draws of z (Burda et al. 2016, eq. 8); bounds, the same for 1, 10, 100, ... of those draws;
-        bits_per_dim of log_likelihood, or None unless the likelihood is a probability of 8-bit images ('logistic').
-    """
-    if not whole(importance_samples, 1):
-        raise ValueError(f"importance_samples: expected a positive whole number, got {importance_samples!r}")
-    if len(dataset) == 0:
-        raise ValueError("evaluate: the data set is empty")
-    device = model.to_image.weight.device
-    was_training = model.training
-    model.eval()
-    draws = min(importance_samples, batch_size)  # of each image, at a time
-    sums = None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        pixels = torch.Generator(device).manual_seed(seed)  # the same images, however many draws of z
-        for x, y in tqdm(DataLoader(dataset, max(1, batch_size // draws)), desc="evaluate", delay=20, leave=False):
-            x, y = x.to(device), y.to(device) if model.text_length is not None else None
-            x = binarised(x, pixels) if binarise else x
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                elbos = [model(x, y, draws=min(draws, importance_samples - first))
-                         for first in range(0, importance_samples, draws)]
-            log_weights = torch.cat([elbo.log_weight.view(len(x), -1) for elbo in elbos], 1).double()  # (B, K)
-            terms = torch.cat([terms_by_image(elbo, len(x)) for elbo in elbos], 1).double().mean(1)  # (B, 2 + L)
-            bounds = importance_bounds(log_weights.T)
-            columns = torch.cat([terms, *bounds.values()], 1).sum(0)
-            sums = columns if sums is None else sums + columns
-    model.train(was_training)
-    elbo, reconstruction, *rest = (sums / len(dataset)).tolist()
-    kl, bounds = rest[: len(model.levels)], dict(zip(bounds, rest[len(model.levels) :]))
-    log_likelihood = bounds[importance_samples]
-    c, h, w = model.input_shape
-    bits = -log_likelihood / (c * h * w * math.log(2)) if model.likelihood == "logistic" else None
-    return {"elbo": elbo, "reconstruction": reconstruction, "kl": kl, "log_likelihood": log_likelihood, "bounds": bounds,
-            "importance_samples": importance_samples, "images": len(dataset), "bits_per_dim": bits}
-
-
-def terms_by_image(elbo: ELBO, images: int) -> Tensor:
-    """(images, draws, 2 + L): the ELBO, the reconstruction and the KL terms."""
-    return torch.cat([elbo.elbo[:, None], elbo.reconstruction[:, None], elbo.kl], 1).unflatten(0, (images, -1))
-
-
-def importance_bounds(log_weights: Tensor) -> dict[int, Tensor]:
-    """Lower bounds on log p(x) from log weights (K, B): by number of draws k = 1, 10, ... K, each (B, 1).
-
-    For a k below K the draws form K // k groups, whose bounds are averaged.
-    """
-    total = len(log_weights)
-    numbers = sorted({10**i for i in range(len(str(total)))} | {total})
-    groups = {k: log_weights[: total // k * k].unflatten(0, (-1, k)) for k in numbers}  # (K // k, k, B)
-    return {k: (group.logsumexp(1) - math.log(k)).mean(0)[:, None] for k, group in groups.items()}
-
-
-def save_samples(model: HVAE, path: Path, seed: int) -> None:
-    """A sheet: the same 8 texts at the usual temperature, at 0.5 and at 0.8."""
-    device = model.to_image.weight.device
-    rows = [model.sample(8, temperature=T, generator=torch.Generator().manual_seed(seed))
-            for T in (usual_temperature(model), 0.5, 0.8)]
-    save_image(torch.cat(rows).to(device), path, nrow=8, pad_value=1)
-
-
-def plot_history(history: Sequence[dict], path: str | Path | None = None):
-    """Draws the loss and the KL of every level against images seen; writes a picture if given a path.
-
-    Returns the matplotlib figure.
-    """
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    seen = lambda rows: [row["images"] / 1000 for row in rows]
-    for key, label in [("neg_elbo", "training"), ("reconstruction_closed", "reconstruction, lower levels closed")]:
-        if history and key in history[0]:
-            left.plot(seen(history), [row.get(key, math.nan) for row in history], label=label, linewidth=1)
-    held_out = [row for row in history if row.get("val_neg_elbo") not in (None, "")]
-    left.plot(seen(held_out), [row["val_neg_elbo"] for row in held_out], "k.-", label="held out")
-    left.set(xlabel="thousand images seen", ylabel="-ELBO (nats per image)")
-    left.legend()
-    for key in [key for key in (history[0] if history else {}) if key.startswith("kl_")]:
-        right.plot(seen(history), [row.get(key, math.nan) for row in history], label=f"z_{key[3:]}", linewidth=1)
-    right.set(xlabel="thousand images seen", ylabel="KL (nats per image)", yscale="log")
-    right.legend(ncols=2)
-    if path is not None:
-        figure.savefig(path, dpi=100)
-    return figure
-
-
-# ------------------------------------------------------------------------------------------------ data and devices
+    """Every pixel drawn as 0 or 1, with its value as the probability; NaN stays."""
+    drawn = torch.bernoulli(x.nan_to_num(0, 0, 0).clamp(0, 1), generator=generator)
+    return torch.where(x.isfinite(), drawn, x)
 
 
 def batches(n: int, batch_size: int, seed: int, start: int, steps: int) -> Iterator[list[int]]:
-    """The indices of batches start .. steps-1: epoch after epoch, each shuffled by (seed, epoch) alone."""
+    """The indices of batches start .. steps-1: epochs, each shuffled by (seed, epoch)."""
     per_epoch = n // batch_size
     epoch, order = -1, None
     for step in range(start, steps):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(n, generator=generator).tolist()
         first = (step % per_epoch) * batch_size
         yield order[first : first + batch_size]
 
 
-def hold_out(dataset: Dataset, seed: int, most: int = 512) -> tuple[Dataset, Dataset]:
-    """(training set, validation set): another split where the data are rendered, else a tenth set aside."""
-    if hasattr(dataset, "other_split"):
-        return dataset, dataset.other_split("val", most)
-    n = min(most, max(1, len(dataset) // 10))
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Subset(dataset, sorted(order[n:])), Subset(dataset, sorted(order[:n]))
+# ---------------------------------------------------------------------------- files of a run
 
 
-def model_for(dataset: Dataset, **arguments) -> HVAE:
-    """The default model for this data set's images and texts; arguments override."""
-    if len(dataset) == 0:
-        raise ValueError("the training set has no images")
-    image, _ = dataset[0]
-    data = dict(input_channels=image.shape[0], input_size=tuple(image.shape[1:]),
-                text_length=getattr(dataset, "text_length", None))
-    if data["text_length"] is not None:
-        data["charset"] = dataset.charset
-    return HVAE(**{**data, **arguments})
+def write_checkpoint(run: Run, val_set: Dataset, out: Path, keep: bool) -> None:
+    """Evaluates the averaged model, adds that to the history, and writes all files of a run.
 
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless every number that is derived from this seed is one that torch takes."""
-    if not whole(seed, 0) or seed >= 2**32:
-        raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")
-
-
-def check_whole(least: int, **values) -> None:
-    """Raises ValueError naming the first value that is not a whole number from `least` up."""
-    for name, value in values.items():
-        if not whole(value, least):
-            raise ValueError(f"{name}: expected a whole number from {least} up, got {value!r}")
-
-
-def check_numbers(lr, beta_start, closed_share, top_share, ema) -> list[float]:
-    """The same as plain numbers, which the state of a run can hold.
-
-    Raises:
-        ValueError: naming the first that is out of range.
+    The state comes last, because with it the step counts as done.
     """
-    ranges = {"lr": (lr, lambda n: 0 < n < math.inf), "beta_start": (beta_start, lambda n: 0 < n < math.inf),
-              "closed_share": (closed_share, lambda n: 0 <= n < 1), "top_share": (top_share, lambda n: 0 <= n <= 1),
-              "ema": (ema, lambda n: 0 <= n < 1)}
-    for name, (value, fits) in ranges.items():
-        if not (isinstance(value, Real) and fits(value)):
-            raise ValueError(f"{name}: {value!r} is not a number in its range")
-    return [float(value) for value, _ in ranges.values()]
-
-
-def check_free(model: HVAE, free_nats: float | Sequence[float] | None) -> list[float]:
-    """The free nats of every level, z_1 first; by default 40, and 80 for the top."""
-    levels = len(model.levels)
-    return per_level("free_nats", [40.0] * (levels - 1) + [80.0] if free_nats is None else free_nats, levels)
-
-
-def check_closed(model: HVAE, closed_levels: int | None) -> int:
-    """The number of levels to close: the lower half of a top-down model, rounded up, unless it is given."""
-    levels = len(model.levels)
-    most = levels - 1 if model.top_down else 0
-    if closed_levels is None:
-        return min(lower_half(levels), most)
-    if not whole(closed_levels, 0) or closed_levels > most:
-        raise ValueError(f"closed_levels: a {model.config['inference']} model of {levels} levels can close up to {most}, "
-                         f"got {closed_levels}")
-    return closed_levels
-
-
-def check_batch(dataset: Dataset, batch_size: int) -> None:
-    """Raises ValueError if the training set is too small for a batch, or that cannot be shared by the processes."""
-    if batch_size % parallel.size():
-        raise ValueError(f"batch_size: {batch_size} images cannot be shared evenly by {parallel.size()} processes")
-    if len(dataset) < batch_size:
-        raise ValueError(f"the training set has {len(dataset)} images, fewer than batch_size={batch_size}")
-
-
-def check_fit(model: HVAE, dataset: Dataset) -> None:
-    """Raises ValueError if a data set is empty, or its images or texts are not the model's."""
-    if len(dataset) == 0:
-        raise ValueError("the data set has no images")
-    image, label = dataset[0]
-    if tuple(image.shape) != model.input_shape:
-        raise ValueError(f"the data's images are {tuple(image.shape)}, the model's {model.input_shape}")
-    if model.text_length is not None and len(label) != model.text_length:
-        raise ValueError(f"the data's texts have {len(label)} symbols, the model's {model.text_length}")
-    source = dataset.dataset if isinstance(dataset, Subset) else dataset
-    charset = getattr(source, "charset", model.charset)
-    if model.text_length is not None and charset != model.charset:
-        raise ValueError(f"the data's texts are indices into the charset {charset!r}, the model's into {model.charset!r}")
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def write_files(out: Path, run: Run, seed: int, keep: bool) -> None:
-    """Everything a run leaves in its folder; the state last, because with it the step counts as done."""
+    model, hp = run.average.module, run.hp
+    metrics = evaluate(
+        model, val_set, batch_size=hp.batch_size, binarise=hp.binarise, bf16=run.bf16
+    )
+    if not math.isfinite(metrics["elbo"]):
+        raise FloatingPointError(
+            f"step {run.step}: the held-out ELBO is {metrics['elbo']}: the weights are ruined, or "
+            "a held-out image is broken; what was saved before is untouched"
+        )
+    run.history[-1].update(
+        val_neg_elbo=-metrics["elbo"],
+        val_reconstruction=metrics["reconstruction"],
+        **{f"val_kl_{l + 1}": value for l, value in enumerate(metrics["kl"])},
+    )
+    model.provenance = provenance(run, metrics)
     write_csv(out / "metrics.csv", run.history)
-    plot_history(run.history, out / "loss.png")
-    save_samples(run.average, out / "samples.png", seed)
-    replace(out / "hvae.pt", run.average.save)
+    with atomic_write(out / "loss.png") as path:
+        plot_history(run.history, path)
+    write_image(sample_sheet(model, 32, seed=hp.seed), out / "samples.png")
+    model.save(out / "hvae.pt")
     if keep:
-        replace(out / f"hvae-{run.step:06d}.pt", run.average.save)
-    save_state(out / "state.pt", run)
+        model.save(out / f"hvae-{run.step:06d}.pt")
+    run.save(out / "state.pt")
+    tqdm.write(
+        f"step {run.step}: held out -elbo {-metrics['elbo']:,.1f} nats = reconstruction "
+        f"{metrics['reconstruction']:,.1f} + kl {sum(metrics['kl']):,.1f}"
+    )
 
 
-def held_out_columns(metrics: dict) -> dict:
-    """What evaluate() found, as columns of the history."""
-    kl = {f"val_kl_{l + 1}": value for l, value in enumerate(metrics["kl"])}
-    return {"val_neg_elbo": -metrics["elbo"], "val_reconstruction": metrics["reconstruction"], **kl}
+def provenance(run: Run, metrics: dict) -> dict:
+    """What a checkpoint tells of its origin; the counts include the checkpoint it began with."""
+    counts = {
+        "steps": run.step,
+        "images_seen": run.step * run.hp.batch_size,
+        "seconds": round(run.seconds),
+    }
+    origin = {
+        "version": VERSION,
+        "torch": str(torch.__version__),
+        "data": run.description,
+        "binarised": run.hp.binarise,
+        **{name: count + run.began_with.get(name, 0) for name, count in counts.items()},
+        "device": str(run.device),
+        "cpus": os.cpu_count(),
+        "held_out": metrics,
+        "began_with": run.began_with,
+    }
+    return json.loads(json.dumps(origin))  # as a file will give it back
 
 
-def provenance(dataset: Dataset, run: Run, batch_size: int, binarise: bool, metrics: dict, device: torch.device) -> dict:
-    """What a checkpoint says of its origin, in plain values; steps, images and seconds include those of the checkpoint
-    that training began with."""
-    began = run.model.provenance
-    before = {name: began.get(name, 0) for name in ("steps", "images_seen", "seconds")}
-    return {"version": VERSION, "torch": str(torch.__version__),
-            "data": getattr(dataset, "description", type(dataset).__name__), "binarised": bool(binarise),
-            "steps": before["steps"] + run.step, "images_seen": before["images_seen"] + run.step * batch_size,
-            "seconds": before["seconds"] + round(run.seconds), "device": str(device), "cpus": os.cpu_count(),
-            "held_out": metrics, "began_with": began}
+def save_on_failure(
+    loaded: Iterable, run: Run, path: Path, signals: DeferredSignals
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; if one fails (a file or a data worker is gone), the state is saved first."""
+    try:
+        yield from loaded
+    except Exception:
+        if run.step and parallel.rank() == 0:
+            save_interrupted(run, path)
+        signals.end_process()  # a signal to the whole group has ended the workers, too
+        raise
+
+
+def save_interrupted(run: Run, path: Path) -> None:
+    run.save(path)
+    tqdm.write(f"step {run.step} is saved; resume=True (--resume) goes on from there")
 
 
 def describe(row: dict, levels: int) -> str:
@@ -593,90 +446,414 @@ def describe(row: dict, levels: int) -> str:
         return f"{row['skipped']} steps skipped, none taken"
     kl = " ".join(f"{row[f'kl_{l}']:.0f}" for l in range(levels, 0, -1))
     skipped = f" | skipped {row['skipped']}" if row["skipped"] else ""
-    return (f"-elbo {row['neg_elbo']:,.0f} nats = rec {row['reconstruction']:,.0f} + kl {kl} | beta {row['beta']:.1f}"
-            f"{skipped}")
+    elbo = f"-elbo {row['neg_elbo']:,.0f} nats = rec {row['reconstruction']:,.0f} + kl {kl}"
+    return f"{elbo} | beta {row['beta']:.1f}{skipped}"
 
 
-# ------------------------------------------------------------------------------------------------ command line
+def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Figure:
+    """Draws the loss and the KL of every level against images seen, into a file if given."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    columns = history[0].keys() if history else []
+
+    def curve(axis, rows: Sequence[dict], key: str, *style, **more) -> None:
+        seen = [row["images"] / 1000 for row in rows]
+        axis.plot(seen, [row.get(key, math.nan) for row in rows], *style, **more)
+
+    closed = "reconstruction, lower levels closed"
+    for key, label in [("neg_elbo", "training"), ("reconstruction_closed", closed)]:
+        if key in columns:
+            curve(left, history, key, label=label, linewidth=1)
+    held_out = [row for row in history if "val_neg_elbo" in row]
+    curve(left, held_out, "val_neg_elbo", "k.-", label="held out")
+    left.set(xlabel="thousand images seen", ylabel="-ELBO (nats per image)")
+    left.legend()
+    for key in columns:
+        if key.startswith("kl_"):
+            curve(right, history, key, label=f"z_{key[3:]}", linewidth=1)
+    right.set(xlabel="thousand images seen", ylabel="KL (nats per image)", yscale="log")
+    right.legend(ncols=2)
+    if path is not None:
+        figure.savefig(path, dpi=100)
+    return figure
 
 
-def make_parser(config: str) -> argparse.ArgumentParser:
+# ---------------------------------------------------------------------------- second stages
+
+
+def with_context(model: HVAE, context: Sequence[int], mixtures: int) -> HVAE:
+    """The same latents and last features, and an untrained local context for p(x|z)."""
+    likelihood = "bernoulli" if model.config["likelihood"] == "bernoulli" else "logistic"
+    changed = HVAE(
+        **{**model.config, "likelihood": likelihood, "context": context, "mixtures": mixtures}
+    )
+    weights = model.state_dict()
+    image = {name: weights.pop(f"to_image.{name}") for name in ("weight", "bias")}
+    kept = {name: w for name, w in weights.items() if not name.startswith("context.")}
+    changed.load_state_dict(kept, strict=False)
+    if model.config["likelihood"] == "gaussian":  # its mean is z's guess
+        c = model.input_shape[0]
+        with torch.no_grad():
+            changed.to_image.weight[:, :c] = image["weight"]
+            changed.to_image.bias[:c] = image["bias"]
+    changed.provenance = model.provenance
+    return changed
+
+
+def fit_prior(
+    model: HVAE,
+    dataset: Dataset,
+    *,
+    images: int = 150_000,
+    steps: int = 10_000,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    workers: int = 1,
+    seed: int = 0,
+    binarise: bool = False,
+) -> HVAE:
+    """Fits p(z_L), a flow, to q(z_L) over the first images of a data set, and nothing else.
+
+    Where q(z_L) and its prior differ, samples do not look like reconstructions; this takes
+    minutes (a second stage, as in Dai & Wipf 2019, section 4). Changes the model and returns it
+    in eval mode.
+
+    Raises:
+        ValueError: the model has no flow.
+    """
+    top = model.eval().levels[-1]
+    if top.flow is None:
+        raise InputError("p(z_L) is N(0, I) in this model: there is no flow to fit")
+    torch.manual_seed(seed)
+    first = Subset(dataset, range(min(images, len(dataset))))
+    loader = DataLoader(first, 100, num_workers=workers, worker_init_fn=ignore_interrupts)
+    mu, logvar = encode_top(model, loader, binarise)
+
+    optimizer = torch.optim.AdamW(top.flow.parameters(), lr)
+    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    average = AveragedModel(top.flow, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    bar = trange(steps, desc="p(z_L)", unit="step", dynamic_ncols=True, mininterval=1)
+    for _ in bar:
+        i = torch.randint(len(mu), (batch_size,), device=mu.device)
+        loss = flow_loss(top, DiagonalGaussian(mu[i], logvar[i]).sample())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(top.flow.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(top.flow)
+        bar.set_postfix_str(f"-log p(z_L) {loss.item():.2f} nats", refresh=False)
+    top.flow.load_state_dict(average.module.state_dict())
+    fit = {"images": len(first), "steps": steps, "batch_size": batch_size}
+    model.provenance = {**model.provenance, "prior_fit": fit}
+    return model
+
+
+@torch.no_grad()
+def encode_top(model: HVAE, loader: DataLoader, binarise: bool) -> tuple[Tensor, Tensor]:
+    """mu and logvar of q(z_L|.) of every image, (n, c) each."""
+    device = model.device
+    posteriors = []
+    for x, y in tqdm(loader, desc="encode", unit="batch", dynamic_ncols=True, mininterval=1):
+        x = binarised(x) if binarise else x
+        y = y.to(device) if model.text_length is not None else None
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            _, levels = model.infer(x.to(device), y)
+        posteriors.append(levels[-1].q)
+        if not all(part.isfinite().all() for part in posteriors[-1]):
+            n = loader.batch_size * len(posteriors)
+            raise FloatingPointError(f"an image among the first {n} is encoded to NaN")
+    return torch.cat([q.mu for q in posteriors]), torch.cat([q.logvar for q in posteriors])
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    model: HVAE,
+    dataset: Dataset,
+    importance_samples: int = 1,
+    *,
+    batch_size: int = 64,
+    binarise: bool = False,
+    bf16: bool = False,
+    seed: int = 0,
+) -> dict:
+    """Means over a data set, in nats per image.
+
+    Returns:
+        elbo, reconstruction, kl (a list, z_1 first); log_likelihood, the importance-weighted
+        lower bound on log p(x) with that many draws of z (Burda et al. 2016, eq. 8); bounds, the
+        same for 1, 10, 100, ... of those draws; bits_per_dim of log_likelihood, or None unless
+        the likelihood is a probability of 8-bit images ('logistic').
+    """
+    validate_int("importance_samples", importance_samples, 1)
+    if len(dataset) == 0:
+        raise InputError("evaluate: the data set is empty")
+    device, was_training = model.device, model.training
+    model.eval()
+    draws = min(importance_samples, batch_size)  # of each image, at a time
+    rows, bounds = [], []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        binariser = torch.Generator(device).manual_seed(seed)  # the same images for any draws
+        loader = DataLoader(dataset, max(1, batch_size // draws))
+        for x, y in tqdm(loader, desc="evaluate", delay=20, leave=False):
+            x, y = x.to(device), y.to(device) if model.text_length is not None else None
+            x = binarised(x, binariser) if binarise else x
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                terms = [
+                    model(x, y, draws=min(draws, importance_samples - first))
+                    for first in range(0, importance_samples, draws)
+                ]
+            log_weights = torch.cat([t.log_weight.view(len(x), -1) for t in terms], 1)
+            rows.append(torch.cat([terms_per_image(t, len(x)) for t in terms], 1).mean(1).cpu())
+            bounds.append(importance_bounds(log_weights.cpu().double()))
+    model.train(was_training)
+    elbo, reconstruction, *kl = torch.cat(rows).double().mean(0).tolist()
+    bounds = {k: torch.cat([b[k] for b in bounds]).mean().item() for k in bounds[0]}
+    log_likelihood = bounds[importance_samples]
+    is_8_bit = model.config["likelihood"] == "logistic"
+    bits = -log_likelihood / (math.prod(model.input_shape) * math.log(2)) if is_8_bit else None
+    return {
+        "elbo": elbo,
+        "reconstruction": reconstruction,
+        "kl": kl,
+        "log_likelihood": log_likelihood,
+        "bounds": bounds,
+        "importance_samples": importance_samples,
+        "images": len(dataset),
+        "bits_per_dim": bits,
+    }
+
+
+def terms_per_image(terms: ELBOTerms, images: int) -> Tensor:
+    """(images, draws, 2 + L): the ELBO, the reconstruction and the KL terms."""
+    rows = torch.cat([terms.elbo[:, None], terms.reconstruction[:, None], terms.kl], 1)
+    return rows.unflatten(0, (images, -1))
+
+
+def importance_bounds(log_weights: Tensor) -> dict[int, Tensor]:
+    """Bounds on log p(x), (B,), from log weights (B, K): for k = 1, 10, ... and K draws.
+
+    For a k below K the draws form K // k groups, whose bounds are averaged.
+    """
+    K = log_weights.shape[1]
+    numbers = sorted({10**i for i in range(len(str(K)))} | {K})
+    groups = {k: log_weights[:, : K // k * k].unflatten(1, (-1, k)) for k in numbers}
+    return {k: (g.logsumexp(2) - math.log(k)).mean(1) for k, g in groups.items()}
+
+
+# ---------------------------------------------------------------------------- data and checks
+
+
+def hold_out(dataset: Dataset, seed: int, limit: int = 512) -> tuple[Dataset, Dataset]:
+    """(training set, validation set): another split of rendered data, or a tenth set aside."""
+    if hasattr(dataset, "other_split"):
+        return dataset, dataset.other_split("val", limit)
+    n = min(limit, max(1, len(dataset) // 10))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(dataset, sorted(order[n:])), Subset(dataset, sorted(order[:n]))
+
+
+def model_for(dataset: Dataset, **arguments) -> HVAE:
+    """The default model for this data set's images and texts; arguments override."""
+    if len(dataset) == 0:
+        raise InputError("the training set has no images")
+    image, _ = dataset[0]
+    data = dict(
+        input_channels=image.shape[0],
+        input_size=tuple(image.shape[1:]),
+        text_length=getattr(dataset, "text_length", None),
+    )
+    if data["text_length"] is not None:
+        data["charset"] = dataset.charset
+    return HVAE(**{**data, **arguments})
+
+
+def validate_data(model: HVAE, dataset: Dataset) -> None:
+    """Raises InputError if a data set is empty, or its images or texts are not the model's."""
+    if len(dataset) == 0:
+        raise InputError("the data set has no images")
+    image, label = dataset[0]
+    if tuple(image.shape) != model.input_shape:
+        raise InputError(
+            f"the data's images are {tuple(image.shape)}, the model's {model.input_shape}"
+        )
+    if model.text_length is None:
+        return
+    if len(label) != model.text_length:
+        raise InputError(
+            f"the data's texts have {len(label)} symbols, the model's {model.text_length}"
+        )
+    source = dataset.dataset if isinstance(dataset, Subset) else dataset
+    charset = getattr(source, "charset", model.charset)
+    if charset != model.charset:
+        raise InputError(
+            f"the data's texts are indices into {charset!r}, the model's into {model.charset!r}"
+        )
+
+
+def validate_batch_size(batch_size: int, images: int) -> None:
+    if batch_size % parallel.world_size():
+        processes = parallel.world_size()
+        raise InputError(
+            f"batch_size: {batch_size} images cannot be shared evenly by {processes} processes"
+        )
+    if images < batch_size:
+        raise InputError(
+            f"the training set has {images} images, fewer than batch_size={batch_size}"
+        )
+
+
+def validate_folder(out: Path, resume: bool) -> None:
+    """Raises InputError if training into a folder would lose a run or a model."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is not a folder")
+    has_model = (out / "hvae.pt").exists()
+    if not resume and (has_state(out) or has_model):
+        raise InputError(f"{out} holds a run: continue it with resume=True, or choose another")
+    # metrics.csv without a state: the run was killed during its first checkpoint
+    begun = (out / "metrics.csv").exists()
+    if resume and has_model and not has_state(out) and not begun:
+        raise InputError(f"{out} holds a model, but no run that could be resumed; choose another")
+
+
+def validate_step(run: Run, out: Path) -> None:
+    if run.step > run.hp.steps:
+        raise InputError(f"{out} holds {run.step} steps, more than steps={run.hp.steps}")
+    if not parallel.all_equal(run.step, run.device):
+        raise InputError(f"{out}: the processes find different states; do they share it?")
+
+
+def validate_json(name: str, value) -> None:
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise InputError(f"{name}: a checkpoint cannot hold it as JSON ({error})") from error
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def training_parser(config: str) -> argparse.ArgumentParser:
     """The command line, with the defaults of one of CONFIGS."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=Help,
-                                     description="Trains an HVAE on rendered captchas, on MNIST or on a folder of images.")
-    data = parser.add_argument_group("data").add_argument
-    data("--data", choices=("captcha", "mnist"), default="captcha", help="rendered captchas, or handwritten digits")
-    data("--folder", metavar="DIR", help="train on the images in this folder instead")
-    data("--skip-bad", action="store_true", help="leave out the files of the folder that are damaged or misnamed")
-    data("--root", default="data", metavar="DIR", help="where MNIST is, or is downloaded to")
-    data("--size", type=int, nargs=2, metavar=("H", "W"), help="image size; the renderer's 60 160, or the folder's own")
-    data("--length", type=int, help="symbols in a text; 4 when rendering, else none; 1 gives the model MNIST's digits")
-    data("--charset", help="the symbols of the texts; digits and upper-case letters")
-    data("--fonts", nargs="+", metavar="FILE", help="TrueType files to render with")
-    data("--images", type=int, help="of the rendered training set, a million; with --evaluate, how many to measure on")
-    data("--cache", help="'memory', or a folder: keep rendered images there")
-    data("--workers", type=int, default=1, help="processes that load or render")
-    made = parser.add_argument_group("model").add_argument
-    made("--config", choices=tuple(CONFIGS), default=config, help="architecture, and defaults of what follows")
-    made("--init", metavar="FILE", help="begin with the architecture and the weights of this checkpoint; "
-         "of --config only the defaults of the training then count")
-    made("--inference", choices=("top-down", "bottom-up"), help="the form of q(z|x); default: as in the config")
-    made("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z); default: as in the config")
-    made("--sigma", type=float, help="of the gaussian, for images in [-1, 1]; default: as in the config")
-    made("--mixtures", type=int, help="components of the logistic; default: as in the config")
-    made("--neighbours", action=argparse.BooleanOptionalAction,
-         help="of the logistic: a pixel's distribution depends on the four before it too; default: as in the config; "
-         "can be added to --init")
-    made("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I); default: as in the config, or 24 for a ladder "
-         "with a vector on top; with --init or --fit-prior, a fresh one")
-    made("--unconditional", action="store_true", help="leave the texts unused")
-    option = parser.add_argument_group("training").add_argument
-    option("--steps", type=int, default=11_000, help="training steps in all")
-    option("--batch-size", type=int, default=32, help="images per step")
-    option("--lr", type=float, default=2e-3, help="learning rate")
-    option("--warmup", type=int, default=200, help="steps over which the learning rate rises")
-    option("--beta-start", type=float, default=5.0, help="weight of the KL at the start; it goes to 1")
-    option("--beta-steps", type=int, default=7_700, help="steps over which it does")
-    option("--free-nats", type=float, nargs="+", metavar="NATS",
-           help="KL that costs nothing: for every level, or one each from z_1 up; default: 40, and 80 for the top")
-    option("--closed-levels", type=int, help="lowest levels closed for a part of each batch; default: the lower half")
-    option("--closed-share", type=float, default=0.5, help="that part of each batch")
-    option("--top-share", type=float, default=0.5, help="the part of those images in which only the top is open, at first")
-    option("--ema", type=float, default=0.999, help="decay of the averaged weights")
-    option("--binarise", action="store_true", help="draw every pixel as 0 or 1, anew at every step")
-    option("--eval-every", type=int, default=1000, help="steps between evaluations, samples and checkpoints")
-    option("--device", help="cpu, cuda, ...; CUDA if there is one")
-    option("--seed", type=int, default=0, help="of the weights, the noise and the order of the data")
-    option("--out", default="checkpoints/run", help="folder for the model, the metrics and the pictures")
-    option("--keep", action="store_true", help="keep the model of every evaluation, as hvae-STEP.pt")
-    option("--resume", action="store_true", help="continue the run in that folder, with the same options")
-    option("--fit-prior", metavar="FILE", help="train nothing but this checkpoint's p(z_L), on 150,000 images: ten minutes, "
-           "and samples come closer to reconstructions")
-    measure = parser.add_argument_group("measuring").add_argument
-    measure("--evaluate", metavar="FILE",
-            help="train nothing: measure this checkpoint on the split 'test', or on all of a folder")
-    measure("--importance-samples", type=int, default=1, help="draws of z per image for its bound on log p(x)")
+    parser = make_parser("Trains an HVAE on rendered captchas, on MNIST or on a folder of images.")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", choices=("captcha", "mnist"), default="captcha", help="renders, or digits")
+    add("--folder", type=path_argument, metavar="DIR", help="train on the images in this folder")
+    add("--skip-bad", action="store_true", help="leave out damaged or misnamed files of the folder")
+    add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="image size; 60 160, or the folder's")
+    add("--length", type=int, help="symbols in a text; 4 when rendering, otherwise none")
+    add("--charset", help="the symbols of the texts; digits and upper-case letters")
+    add(
+        "--fonts",
+        nargs="+",
+        type=path_argument,
+        metavar="FILE",
+        help="TrueType files to render with",
+    )
+    add("--images", type=int, help="of the rendered data, a million; with --evaluate, of any data")
+    add("--cache", type=path_argument, help="'memory', or a folder: keep rendered images there")
+    add("--workers", type=int, default=1, help="processes that load or render")
+    add = parser.add_argument_group("model").add_argument
+    add("--config", choices=tuple(CONFIGS), default=config, help="architecture and training")
+    add("--init", type=path_argument, metavar="FILE", help="begin with this checkpoint's weights")
+    add("--inference", choices=("top-down", "bottom-up"), help="the form of q(z|x)")
+    add("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z)")
+    add("--sigma", type=float, help="of the gaussian, for images in [-1, 1]")
+    add("--mixtures", type=int, help="components of the logistic")
+    add(
+        "--context",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+        help="earlier pixels that p(x|z) sees, too; with --init in place of its likelihood",
+    )
+    add("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I)")
+    add("--unconditional", action="store_true", help="leave the texts unused")
+    group = parser.add_argument_group("training")
+    for f in fields(Hyperparameters):
+        add_hyperparameter(group, f)
+    add = group.add_argument
+    add("--device", help="cpu, cuda, ...; CUDA if there is one")
+    add("--out", type=path_argument, default="checkpoints/run", help="folder of the run's files")
+    add("--keep", action="store_true", help="keep the model of every evaluation, as hvae-STEP.pt")
+    add("--resume", action="store_true", help="continue the run in that folder, same options")
+    add = parser.add_argument_group("instead of training").add_argument
+    add("--fit-prior", type=path_argument, metavar="FILE", help="fit only this checkpoint's flow")
+    add("--evaluate", type=path_argument, metavar="FILE", help="measure it on held-out images")
+    add("--importance-samples", type=int, default=1, help="draws of z for the bound on log p(x)")
     parser.set_defaults(**TRAINING[config])
     return parser
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The arguments, with the defaults of the config that they name."""
-    parser = make_parser("captcha")
+def add_hyperparameter(group, f) -> None:
+    """A field of Hyperparameters as a flag."""
+    name, default, help = "--" + f.name.replace("_", "-"), f.default, f.metadata["help"]
+    if f.type is bool:
+        group.add_argument(name, action="store_true", help=help)
+    elif f.name == "free_nats":
+        group.add_argument(name, type=float, nargs="+", metavar="NATS", help=help)
+    else:
+        kind = float if f.type is float else int
+        group.add_argument(name, type=kind, default=default, help=help)
+
+
+def parse(
+    arguments: Sequence[str] | None,
+) -> tuple[argparse.ArgumentParser, argparse.Namespace, set[str]]:
+    """The arguments, with the defaults of the config that they name, and which were given."""
+    parser = training_parser("captcha")
     first = parser.parse_args(arguments)
     if first.data == "mnist" and first.config == "captcha":
-        parser = make_parser("mnist-hvae")
+        parser = training_parser("mnist-hvae")
     elif first.config != "captcha":
-        parser = make_parser(first.config)
-    return parser, parser.parse_args(arguments)
+        parser = training_parser(first.config)
+    return parser, parser.parse_args(arguments), given_options(parser, arguments)
+
+
+def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
+    """The options that have no effect, by the reason."""
+    rendering = {"fonts", "cache"}
+    architecture = {"config", "inference", "likelihood", "sigma", "mixtures", "context", "flow"}
+    architecture.add("unconditional")
+    training = {f.name for f in fields(Hyperparameters)} | {"keep", "resume", "init"}
+    unused = {}
+    if args.folder:
+        unused["with --folder"] = (
+            rendering | {"root", "data"} | ({"images"} if not args.evaluate else set())
+        )
+    elif args.data == "mnist":
+        images = {"images"} if not args.evaluate else set()
+        unused["with --data mnist"] = rendering | images | {"size", "charset", "skip_bad"}
+    else:
+        unused["with --data captcha"] = {"skip_bad", "root"}
+    if args.evaluate:
+        files = {"size", "length", "charset", "cache", "workers", "out", "fit_prior"}
+        unused["with --evaluate"] = training | architecture | files
+        return unused
+    unused["without --evaluate"] = {"importance_samples"}
+    if args.fit_prior:
+        unused["with --fit-prior"] = (training - {"seed"}) | architecture
+    elif args.init:
+        adds_context = args.context or CONFIGS[args.config].get("context")
+        kept = {"config", "context", "mixtures"} if adds_context else {"config"}
+        unused["with --init"] = architecture - kept
+    return unused
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser, args = parse(arguments)
-    go_on = "go on with the same options and --resume"
+    parser, args, given = parse(arguments)
+    reject_unused(parser, given, unused_options(args))
     keep_memory()
-    try:
-        check_seed(args.seed)
+    trains = not (args.evaluate or args.fit_prior)
+    hint = "; go on with the same options and --resume" if trains else ""
+    with one_line_errors(parser, after_interrupt=hint):
+        if args.images is not None:
+            validate_int("--images", args.images, 1, sys.maxsize)
         if args.evaluate:
             model = HVAE.load(args.evaluate, pick_device(args.device))
             print_evaluation(model, test_set_for(model, args), args.importance_samples)
@@ -684,59 +861,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_fitted_prior(args)
         else:
             train_and_draw(args)
-        parallel.leave()
-    except (ValueError, OSError, FloatingPointError, OverflowError) as error:
-        refuse(parser, one_line(error))
-    except KeyboardInterrupt:
-        sys.exit("interrupted" if args.evaluate or args.fit_prior else f"interrupted; {go_on}")
-    except (RuntimeError, MemoryError) as error:
-        first = (str(error) or "MemoryError").splitlines()[0]
-        if out_of_memory(error):
-            refuse(parser, f"not enough memory: {first}")
-        if "DataLoader worker" in first:  # one that was killed, or ran out of memory
-            sys.exit(f"{first}; {go_on}")
-        if parallel.size() == 1:
-            raise
-        sys.exit(f"another process of this run is gone ({first}); {go_on}")
+        parallel.shutdown_processes()
 
 
 def train_and_draw(args: argparse.Namespace) -> None:
-    """Trains, on this process or together with the others of torchrun, and draws what the model has learned."""
+    """Trains, in this process or together with the others, and draws what the model learned."""
+    hyperparameters = {f.name: getattr(args, f.name) for f in fields(Hyperparameters)}
+    Hyperparameters(**hyperparameters)  # errors come before the data are opened
     torch.manual_seed(args.seed)
-    parallel.join(args.device)
+    parallel.init_processes(args.device)
     leads = parallel.rank() == 0
-    with parallel.leader_first():
-        data_set = make_dataset(args)
-    model = make_model(data_set, args)
+    with parallel.rank_0_first():
+        dataset = make_dataset(args)
+    model = make_model(dataset, args)
     if leads:
         print(model.summary())
-    model, _ = train(
-        model, data_set, steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup=args.warmup,
-        beta_start=args.beta_start, beta_steps=args.beta_steps, free_nats=args.free_nats,
-        closed_levels=args.closed_levels, closed_share=args.closed_share, top_share=args.top_share, ema=args.ema,
-        binarise=args.binarise, device=args.device, workers=args.workers, seed=args.seed, out=args.out, resume=args.resume,
-        keep=args.keep, eval_every=args.eval_every)
+    names = ("out", "resume", "keep", "device", "workers")
+    settings = {name: getattr(args, name) for name in names}
+    model, _ = train(model, dataset, **settings, **hyperparameters)
     if leads:
-        save_figures(model, Path(args.out), hold_out(data_set, args.seed)[1])
+        save_figures(model, Path(args.out), hold_out(dataset, args.seed)[1])
         print(f"model, metrics and pictures in {args.out}")
 
 
 def save_fitted_prior(args: argparse.Namespace) -> None:
     """--fit-prior: writes OUT/hvae.pt."""
-    if holds_run(Path(args.out)):
-        raise ValueError(f"{args.out} holds a run, whose model would be lost; choose another folder with --out")
+    validate_folder(Path(args.out), resume=False)
     torch.manual_seed(args.seed)
-    data_set = make_dataset(args)
-    model = load_changed(args.fit_prior, args).to(pick_device(args.device))
-    check_fit(model, data_set)
+    dataset = make_dataset(args)
+    model = HVAE.load(args.fit_prior, pick_device(args.device))
+    validate_data(model, dataset)
     binarise = model.provenance.get("binarised", False)
-    train_set, val_set = hold_out(data_set, args.seed)
-    model = fit_prior(model, train_set, workers=args.workers, seed=args.seed, binarise=binarise)
+    train_set, val_set = hold_out(dataset, args.seed)
+    fit_prior(model, train_set, workers=args.workers, seed=args.seed, binarise=binarise)
     metrics = evaluate(model, val_set, binarise=binarise)
     model.provenance["held_out"] = metrics
     print(f"held out -elbo {-metrics['elbo']:,.1f} nats, kl of the top {metrics['kl'][-1]:,.1f}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    replace(Path(args.out) / "hvae.pt", model.save)
+    model.save(Path(args.out) / "hvae.pt")
     print(f"model with the fitted prior in {Path(args.out) / 'hvae.pt'}")
 
 
@@ -748,50 +910,57 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
         return CaptchaFolder(args.folder, size, args.length, **charset, skip_bad=args.skip_bad)
     if args.data == "mnist":
         return MNIST("train", args.root, args.length)
-    images = 1_000_000 if args.images is None else args.images
-    length = 4 if args.length is None else args.length
-    return CaptchaDataset(images, image_size=size or (60, 160), text_length=length, fonts=args.fonts, cache=args.cache,
-                          **charset)
+    return CaptchaDataset(
+        1_000_000 if args.images is None else args.images,
+        image_size=size or (60, 160),
+        text_length=4 if args.length is None else args.length,
+        fonts=args.fonts,
+        cache=args.cache,
+        **charset,
+    )
 
 
 def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
-    """The checkpoint to begin with, or the config that the command line names, with its changes, fitted to the data."""
-    changes = {name: getattr(args, name) for name in ("inference", "likelihood", "sigma", "mixtures", "neighbours", "flow")}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    """The checkpoint to begin with, or a config with its changes, for the data's images."""
+    config = CONFIGS[args.config]
+    if args.init:
+        model = HVAE.load(args.init)
+        context = args.context or (not model.config["context"] and config.get("context"))
+        mixtures = config.get("mixtures", 6) if args.mixtures is None else args.mixtures
+        return with_context(model, context, mixtures) if context else model
+    if args.frozen_latents:
+        raise InputError("--frozen-latents: untrained latents; begin with a checkpoint (--init)")
+    names = ("inference", "likelihood", "sigma", "mixtures", "context", "flow")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.unconditional:
         changes["text_length"] = None
-    settled = [name for name, value in changes.items() if name not in ("neighbours", "flow") or value is False]
-    if args.init and settled:
-        raise ValueError(f"the checkpoint of --init settles the architecture, including its {', '.join(settled)}")
-    if args.init:
-        return load_changed(args.init, args)
-    shape_free = {k: v for k, v in CONFIGS[args.config].items() if k not in ("input_size", "input_channels", "text_length")}
-    return model_for(dataset, **{**shape_free, **changes})
-
-
-def load_changed(path: str, args: argparse.Namespace) -> HVAE:
-    """A checkpoint, with what the command line adds to it: a fresh flow, a likelihood that looks at neighbours."""
-    model = HVAE.load(path)
-    model = with_neighbours(model) if args.neighbours else model
-    return model if args.flow is None else with_flow(model, args.flow)
+    of_the_data = ("input_size", "input_channels", "text_length")
+    config = {k: v for k, v in config.items() if k not in of_the_data}
+    model = model_for(dataset, **{**config, **changes})
+    likelihood = model.config["likelihood"]
+    for name, of in (("mixtures", "logistic"), ("sigma", "gaussian")):
+        if name in changes and likelihood != of:
+            raise InputError(f"--{name} has no effect on the likelihood {likelihood!r}")
+    return model
 
 
 def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:
-    """What --evaluate measures on: the images of the folder, or held-out ones of the data set, that the command line names."""
-    if args.folder:
-        images = CaptchaFolder(args.folder, model.input_shape[1:], model.text_length, model.charset, args.skip_bad)
-        return images if args.images is None else Subset(images, range(min(args.images, len(images))))
-    return test_images(model, args.data, args.root, args.images, args.fonts)
+    """What --evaluate measures on: the folder, or held-out images of the data set."""
+    if not args.folder:
+        return test_images(model, args.data, args.root, args.images, args.fonts)
+    size, length = model.input_shape[1:], model.text_length
+    images = CaptchaFolder(args.folder, size, length, model.charset, args.skip_bad)
+    return images if args.images is None else Subset(images, range(min(args.images, len(images))))
 
 
 def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) -> None:
-    """A line per term of the ELBO."""
+    """A line for each term of the ELBO."""
     binarise = model.provenance.get("binarised", False)
     draws = max(64, 200_000 // math.prod(model.input_shape))  # together, as far as memory allows
     metrics = evaluate(model, test_set, importance_samples, batch_size=draws, binarise=binarise)
-    print(f"{metrics['images']} images{', binarised' * binarise}, nats per image\n"
-          f"  -ELBO             {-metrics['elbo']:>10,.2f}\n"
-          f"  reconstruction    {metrics['reconstruction']:>10,.2f}")
+    print(f"{metrics['images']} images{', binarised' * binarise}, nats per image")
+    print(f"  -ELBO             {-metrics['elbo']:>10,.2f}")
+    print(f"  reconstruction    {metrics['reconstruction']:>10,.2f}")
     for l in reversed(range(len(metrics["kl"]))):
         print(f"  KL z_{l + 1}            {metrics['kl'][l]:>10,.2f}")
     for k, bound in metrics["bounds"].items():

@@ -1,3 +1,4 @@
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -5,12 +6,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models; more threads wait for each other on a busy machine
+multiprocessing.set_forkserver_preload(["trainer"])  # its processes start without the imports
 
 
 @pytest.fixture
 def full_precision(monkeypatch) -> None:
-    """sample() in float32, also where the hardware has bfloat16, for comparison with a computation by hand."""
+    """sample() in float32, also where the hardware has bfloat16, to compare it with one by hand."""
     monkeypatch.setattr("model.has_bf16", lambda device: False)
 
 
@@ -26,5 +28,5 @@ def mnist_root() -> Path:
 
 @pytest.fixture(autouse=True)
 def numbers_of_every_size():
-    """As a process begins: train() has tiny numbers taken for zero, which Hypothesis' floats refuse."""
+    """As a process begins: train() takes tiny numbers for zero, Hypothesis must not."""
     torch.set_flush_denormal(False)

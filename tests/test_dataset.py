@@ -1,4 +1,4 @@
-"""Rendered and stored captchas: the same everywhere, like the unpatched renderer's, and never mixed up."""
+"""Rendered and stored CAPTCHAs: the same everywhere, drawn as the renderer does, never mixed up."""
 
 import hashlib
 import math
@@ -9,33 +9,46 @@ import secrets
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import captcha.image
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset import CaptchaDataset, CaptchaFolder, SeededSecrets, decode_text, encode_text, main, make_loader
-from model import DIGITS, UPPERCASE
+from dataset import (
+    DIGITS,
+    SPLITS,
+    UPPERCASE,
+    CaptchaDataset,
+    CaptchaFolder,
+    SeededSecrets,
+    decode_text,
+    encode_text,
+    main,
+    make_loader,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CHARSET = DIGITS + UPPERCASE
 
 
-def fingerprint(dataset) -> str:
+def digest(dataset) -> str:
     parts = [image.numpy().tobytes() + label.numpy().tobytes() for image, label in dataset]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def same(a, b) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) and torch.equal(s, t) for (x, s), (y, t) in zip(a, b))
+    """Whether two datasets have the same images and labels."""
+    return len(a) == len(b) and digest(a) == digest(b)
 
 
-# ------------------------------------------------------------------------------------------------ text <-> indices
+# ---------------------------------------------------------------------------- text
 
 
 @given(st.text(CHARSET))
@@ -53,26 +66,28 @@ def test_encode_names_the_offending_symbol(text, symbol):
 
 
 @pytest.mark.parametrize("indices", [[0, 36], [-1], [[0, 1]]])
-def test_decode_refuses_what_is_no_text(indices):
-    with pytest.raises(ValueError):
+def test_decode_refuses_what_is_not_a_text(indices):
+    with pytest.raises(ValueError, match="outside|one text"):
         decode_text(torch.tensor(indices))
 
 
-# ------------------------------------------------------------------------------------------------ determinism
+# ---------------------------------------------------------------------------- determinism
 
 
 def test_items_have_the_promised_shapes_types_and_ranges():
     image, label = CaptchaDataset(3, image_size=(40, 90), text_length=5)[2]
     assert image.shape == (3, 40, 90) and image.dtype == torch.float32
-    assert 0 <= image.min() and image.max() <= 1 and image.std() > 0
+    assert image.min() >= 0 and image.max() <= 1 and image.std() > 0
     assert label.shape == (5,) and label.dtype == torch.long
 
 
 def test_another_process_draws_the_same():
-    code = ("import sys; sys.path[:0] = ['.', 'tests']\n"
-            "from test_dataset import *; print(fingerprint(CaptchaDataset(6, seed=3)))")
+    code = (
+        "import sys; sys.path[:0] = ['.', 'tests']\n"
+        "from test_dataset import *; print(digest(CaptchaDataset(6, seed=3)))"
+    )
     there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert there.stdout.strip() == fingerprint(CaptchaDataset(6, seed=3)), there.stderr
+    assert there.stdout.strip() == digest(CaptchaDataset(6, seed=3)), there.stderr
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -81,10 +96,11 @@ def test_workers_draw_the_same(method, tmp_path):
         pytest.skip(f"no {method} on this system")
     plain, memory, file = (CaptchaDataset(8, cache=cache) for cache in (None, "memory", tmp_path))
     workers = 2 if method == "fork" else 1  # a spawned one takes seconds to import torch
-    loader = DataLoader(plain + memory + file, None, num_workers=workers, multiprocessing_context=method)
+    datasets = plain + memory + file
+    loader = DataLoader(datasets, None, num_workers=workers, multiprocessing_context=method)
     assert same(list(loader), [*plain] * 3)
     for dataset in (memory, file):  # the workers' images have reached this process
-        assert all(torch.equal(dataset.cache.get(i).float() / 255, plain[i][0]) for i in range(8))
+        assert all(torch.equal(dataset.cached.get(i).float() / 255, plain[i][0]) for i in range(8))
 
 
 def test_an_item_does_not_depend_on_what_was_drawn_before():
@@ -95,22 +111,28 @@ def test_an_item_does_not_depend_on_what_was_drawn_before():
 
 
 def test_splits_seeds_and_indices_differ():
-    datasets = [CaptchaDataset(8, split, seed=seed) for split in ("train", "val", "test") for seed in (0, 1, -1)]
+    datasets = [CaptchaDataset(8, split, seed=seed) for split in SPLITS for seed in (0, 1, -1)]
     images = {image.numpy().tobytes() for dataset in datasets for image, _ in dataset}
     assert len(images) == 8 * 9
 
 
-def test_the_dataset_survives_pickling(tmp_path):
-    for cache in (None, "memory", tmp_path):
-        dataset = CaptchaDataset(3, cache=cache)
-        dataset[1]
-        content = pickle.dumps(dataset)
-        assert same(pickle.loads(content), dataset)
-        if cache == tmp_path:
-            assert len(content) < 20_000  # maps the file, does not copy it
+def test_the_other_split_is_of_the_same_kind(tmp_path):
+    kind = {"image_size": (40, 90), "text_length": 3, "charset": "XYZ", "seed": 5}
+    kind |= {"fonts": captcha.image.DEFAULT_FONTS, "font_sizes": [30]}
+    val = CaptchaDataset(4, **kind, cache=tmp_path).other_split("val", 3)
+    assert same(val, CaptchaDataset(3, "val", **kind)) and val.cached is None
 
 
-# ------------------------------------------------------------------------------------------------ the renderer
+@pytest.mark.parametrize("cache", [None, "memory", "folder"])
+def test_the_dataset_survives_pickling(cache, tmp_path):
+    dataset = CaptchaDataset(3, cache=tmp_path if cache == "folder" else cache)
+    dataset[1]
+    content = pickle.dumps(dataset)
+    assert same(pickle.loads(content), dataset)
+    assert cache == "memory" or len(content) < 20_000  # the file is shared, not copied
+
+
+# ---------------------------------------------------------------------------- the renderer
 
 
 def test_secrets_is_back_after_drawing():
@@ -134,33 +156,37 @@ def test_secrets_is_back_after_an_error(monkeypatch):
 def test_the_label_is_the_text_drawn(monkeypatch):
     dataset = CaptchaDataset(20, text_length=3, charset="xyz7")
     drawn, generate = [], dataset.renderer.generate_image
-    monkeypatch.setattr(dataset.renderer, "generate_image", lambda text: drawn.append(text) or generate(text))
+    monkeypatch.setattr(
+        dataset.renderer, "generate_image", lambda text: drawn.append(text) or generate(text)
+    )
     labels = [label for _, label in dataset]
     assert [decode_text(label, "xyz7") for label in labels] == drawn
 
 
-def test_the_same_text_looks_the_same_by_the_renderer_itself():
-    """Images of the unpatched renderer and ours agree in the mean of many summaries (two-sample z-tests)."""
+def test_images_look_like_those_of_the_unpatched_renderer():
+    """Their summaries agree in the mean (two-sample z-tests) and in the spread."""
     n = 200
     ours = torch.stack([image for image, _ in CaptchaDataset(n, seed=1)])
     renderer, texts = captcha.image.ImageCaptcha(160, 60), random.Random(1)
     theirs = [renderer.generate_image("".join(texts.choices(CHARSET, k=4))) for _ in range(n)]
-    theirs = torch.from_numpy(np.stack([np.array(image) for image in theirs])).permute(0, 3, 1, 2) / 255
+    theirs = torch.from_numpy(np.stack([np.array(image) for image in theirs]))
+    theirs = theirs.permute(0, 3, 1, 2) / 255
 
-    def summaries(x):  # (n, 3 + 3 + 1 + 1 + 1)
-        ink = (x.mean(1) < 0.85).float()
-        return torch.cat([x.mean((2, 3)), x.std((2, 3)), x.amin((1, 2, 3))[:, None], ink.mean((1, 2))[:, None],
-                          (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))[:, None]], dim=1).double()
+    def summaries(x):  # (n, 9)
+        darkest, ink = x.amin((1, 2, 3)), (x.mean(1) < 0.85).float().mean((1, 2))
+        edges = (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))
+        singles = torch.stack([darkest, ink, edges], dim=1)
+        return torch.cat([x.mean((2, 3)), x.std((2, 3)), singles], dim=1).double()
 
     a, b = summaries(ours), summaries(theirs)
     z = (a.mean(0) - b.mean(0)) / ((a.var(0) + b.var(0)) / n).sqrt()
     assert z.abs().max() < 5.5, z  # a false alarm once in some millions of runs
     ratio = (a.var(0) / b.var(0)).log().abs()
-    assert ratio.max() < 1.2, ratio  # the spread agrees too, about a factor
+    assert ratio.max() < 1.2, ratio
 
 
 def chi_square(values, n: int) -> float:
-    """How many standard deviations the counts of 0..n-1 lie from uniform, roughly N(0, 1) if they are."""
+    """How many standard deviations the counts of 0..n-1 lie from uniform; about N(0, 1)."""
     counts = np.bincount(values, minlength=n)
     assert len(counts) == n
     expected = len(values) / n
@@ -174,7 +200,7 @@ def test_the_stand_in_is_uniform(n):
     assert abs(chi_square([stand_in.choice(range(n)) for _ in range(200 * n)], n)) < 4.5
 
 
-def test_the_stand_in_has_uniform_bits_and_its_edges():
+def test_the_stand_in_has_uniform_bits_and_the_same_limits():
     stand_in = SeededSecrets(random.Random(0))
     bits = np.array([stand_in.randbits(32) for _ in range(4000)])
     assert abs(chi_square(bits >> 28, 16)) < 4.5 and abs(chi_square(bits & 15, 16)) < 4.5
@@ -184,41 +210,59 @@ def test_the_stand_in_has_uniform_bits_and_its_edges():
 
 
 def test_texts_are_uniform():
-    labels = torch.cat([label for _, label in CaptchaDataset(400, image_size=(8, 8), font_sizes=[8])])
+    dataset = CaptchaDataset(400, image_size=(8, 8), font_sizes=[8])
+    labels = torch.cat([label for _, label in dataset])
     assert abs(chi_square(labels.numpy(), 36)) < 4.5
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(8, 90), st.integers(8, 90), st.integers(1, 7),
-       st.text(CHARSET.lower() + "?!äß ", min_size=1, max_size=4), st.integers(),
-       st.lists(st.integers(6, 60), min_size=1, max_size=3))
+@given(
+    st.integers(8, 90),
+    st.integers(8, 90),
+    st.integers(1, 7),
+    st.text(CHARSET.lower() + "?!äß ", min_size=1, max_size=4),
+    st.integers(),
+    st.lists(st.integers(6, 60), min_size=1, max_size=3),
+)
 def test_every_valid_setting_renders(height, width, length, charset, seed, font_sizes):
     charset = "".join(dict.fromkeys(charset))
-    dataset = CaptchaDataset(2, "val", (height, width), length, charset, seed, font_sizes=font_sizes)
+    size = (height, width)
+    dataset = CaptchaDataset(2, "val", size, length, charset, seed, font_sizes=font_sizes)
     for image, label in dataset:
         assert image.shape == (3, height, width) and label.shape == (length,)
         assert len(decode_text(label, charset)) == length
 
 
 def test_the_renderers_own_font_is_the_default():
-    assert same(CaptchaDataset(3), CaptchaDataset(3, fonts=captcha.image.DEFAULT_FONTS, font_sizes=(42, 50, 56)))
+    named = CaptchaDataset(3, fonts=captcha.image.DEFAULT_FONTS, font_sizes=(42, 50, 56))
+    assert same(CaptchaDataset(3), named)
 
 
-# ------------------------------------------------------------------------------------------------ arguments
+# ---------------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("name, value", [
-    ("size", -1), ("size", 2.0), ("split", "training"), ("image_size", (4, 160)), ("image_size", (60, 0)),
-    ("image_size", 60), ("text_length", 0), ("charset", ""), ("charset", "ABA"), ("seed", "0"), ("fonts", []),
-    ("fonts", [__file__]), ("font_sizes", []), ("font_sizes", [0]), ("font_sizes", 42), ("cache", 3), ("cache", ""),
-])
-def test_a_bad_argument_is_named(name, value):
-    with pytest.raises(ValueError, match=name):
-        CaptchaDataset(**{"size": 4, name: value})
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("size", [-1, 2.0]),
+        ("split", ["training"]),
+        ("image_size", [(4, 160), (60, 0), 60]),
+        ("text_length", [0]),
+        ("charset", ["", "ABA"]),
+        ("seed", ["0"]),
+        ("fonts", [[], "font.ttf", [__file__]]),
+        ("font_sizes", [[], [0], 42]),
+        ("cache", [3, ""]),
+    ],
+)
+def test_a_bad_argument_is_named(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            CaptchaDataset(**{"size": 4, name: value})
 
 
 def test_a_missing_font_is_named():
-    with pytest.raises(FileNotFoundError, match="nowhere.ttf"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ttf"):
         CaptchaDataset(4, fonts=["nowhere.ttf"])
 
 
@@ -240,14 +284,19 @@ def test_the_description_is_plain():
     assert values == ["test", 5, 3, "AB", 7]
 
 
-# ------------------------------------------------------------------------------------------------ caches
+# ---------------------------------------------------------------------------- caches
 
 
-def no_drawing(dataset, monkeypatch):
+def forbid_drawing(dataset, monkeypatch):
     def fail(text):
         raise AssertionError("rendered what the cache holds")
 
     monkeypatch.setattr(dataset.renderer, "generate_image", fail)
+
+
+def held(dataset) -> list[int]:
+    """The indices of the images that a cache holds."""
+    return [i for i in range(len(dataset)) if dataset.cached.get(i) is not None]
 
 
 @pytest.mark.parametrize("where", ["memory", "folder"])
@@ -255,32 +304,43 @@ def test_a_cache_gives_the_same_images_and_draws_each_once(where, tmp_path, monk
     plain = CaptchaDataset(6)
     cached = CaptchaDataset(6, cache=where if where == "memory" else tmp_path)
     assert same(cached, plain)
-    no_drawing(cached, monkeypatch)
+    forbid_drawing(cached, monkeypatch)
     image, _ = cached[2]
     image.zero_()  # what the caller does to an item leaves the cache alone
     assert same(cached, plain)
 
 
 def test_a_partly_filled_file_is_continued(tmp_path, monkeypatch):
-    plain = CaptchaDataset(6)
-    first = CaptchaDataset(6, cache=str(tmp_path / "new" / "folder"))
+    plain, folder = CaptchaDataset(6), tmp_path / "new" / "folder"
+    first = CaptchaDataset(6, cache=str(folder))
     for i in (4, 1):
         first[i]
-    first.cache.rows[3, :1000] = 77  # an image that was interrupted: some pixels, no flag
-    del first
-    second = CaptchaDataset(6, cache=tmp_path / "new" / "folder")
-    assert [second.cache.get(i) is not None for i in range(6)] == [False, True, False, False, True, False]
+    with open(first.cached.path, "r+b") as file:  # an interrupted image: some pixels, no flag
+        file.seek(3 * first.cached.row_bytes)
+        file.write(b"\x4d" * 1000)
+    second = CaptchaDataset(6, cache=folder)
+    assert held(second) == [1, 4]
     assert same(second, plain)
-    third = CaptchaDataset(6, cache=tmp_path / "new" / "folder")
-    no_drawing(third, monkeypatch)
+    third = CaptchaDataset(6, cache=folder)
+    forbid_drawing(third, monkeypatch)
     assert same(third, plain)
 
 
 def test_a_file_is_never_read_as_another_dataset(tmp_path):
     other_font = tmp_path / "other.ttf"
     other_font.write_bytes(Path(captcha.image.DEFAULT_FONTS[0]).read_bytes() + b"\0")
-    settings = [{}, {"seed": 1}, {"split": "val"}, {"size": 5}, {"image_size": (160, 60)}, {"text_length": 5},
-                {"charset": CHARSET[::-1]}, {"font_sizes": [42]}, {"font_sizes": [50]}, {"fonts": [other_font]}]
+    settings = [
+        {},
+        {"seed": 1},
+        {"split": "val"},
+        {"size": 5},
+        {"image_size": (160, 60)},
+        {"text_length": 5},
+        {"charset": CHARSET[::-1]},
+        {"font_sizes": [42]},
+        {"font_sizes": [50]},
+        {"fonts": [other_font]},
+    ]
     for setting in settings:
         arguments = {"size": 4, **setting}
         assert same(CaptchaDataset(**arguments, cache=tmp_path), CaptchaDataset(**arguments))
@@ -298,25 +358,73 @@ def test_a_font_that_changes_under_its_name_gets_a_new_file(tmp_path):
 def test_a_cache_without_space_is_refused(tmp_path):
     with pytest.raises(OSError, match="cache"):
         CaptchaDataset(10**12, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sparse_cache_needs_the_space_that_it_has_not_taken_yet(tmp_path, monkeypatch):
-    make = lambda: CaptchaDataset(10_000, image_size=(16, 32), cache=tmp_path)
-    make()[0]
+    arguments = {"size": 10_000, "image_size": (16, 32), "cache": tmp_path}
+    CaptchaDataset(**arguments)[0]
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=10**6))
     with pytest.raises(OSError, match="cache"):
-        make()
+        CaptchaDataset(**arguments)
 
 
-# ------------------------------------------------------------------------------------------------ images on disk
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB, where the system lets the tests mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+        subprocess.run(["mount", *options], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no right to mount a disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_that_fills_up_ends_the_caching_alone(workers, small_disk):
+    plain, dataset = CaptchaDataset(30), CaptchaDataset(30, cache=small_disk)
+    with pytest.raises(OSError, match="No space"), open(small_disk / "other", "wb") as other:
+        while True:
+            other.write(bytes(4096))
+            other.flush()
+    os.truncate(small_disk / "other", 600_000)  # leaves the space of 10 to 15 images
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert same(list(DataLoader(dataset, None, num_workers=workers)), plain)
+        assert same(dataset, plain)  # what the file holds is read, the rest is rendered
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == (0 if workers else 1)  # a worker writes its warning to stderr
+    assert all(f"cache: {dataset.cached.path}" in m and "No space" in m for m in messages)
+    assert 10 <= len(held(dataset)) <= 15
+    (small_disk / "other").unlink()
+    later = CaptchaDataset(30, cache=small_disk)
+    assert held(later) == held(dataset) and same(later, plain) and len(held(later)) == 30
+
+
+def test_a_failing_write_warns_once_and_names_the_cache(tmp_path):
+    plain, dataset = CaptchaDataset(4), CaptchaDataset(4, cache=tmp_path / "renders")
+    dataset[0]
+    dataset.cached.path.rename(tmp_path / "moved.u8")
+    with pytest.warns(UserWarning, match=r"cache: .*renders.*\.u8 is no longer written") as warned:
+        assert same(dataset, plain)
+    assert len(warned) == 1
+    (tmp_path / "moved.u8").rename(dataset.cached.path)
+    assert same(dataset, plain) and held(dataset) == [0]
+
+
+# ---------------------------------------------------------------------------- command line
 
 
 def test_export_and_read_back(tmp_path):
     options = "--n 5 --seed 4 --length 3 --size 40 80 --split val"
     main([*options.split(), "--export", str(tmp_path)])
+    assert len(list(tmp_path.iterdir())) == 5
     folder = CaptchaFolder(tmp_path, text_length=3)
-    rendered = {int(path.stem.split("_")[1]): item for path, item in zip(folder.paths, folder)}
-    assert same([rendered[i] for i in range(5)], CaptchaDataset(5, "val", (40, 80), 3, seed=4))
+    order = sorted(range(5), key=lambda i: folder.paths[i].stem.split("_")[1])
+    assert same([folder[i] for i in order], CaptchaDataset(5, "val", (40, 80), 3, seed=4))
     assert folder.image_size == (40, 80) and folder.text_length == 3 and folder.charset == CHARSET
     assert folder.description == {"folder": tmp_path.name, "count": 5, "image_size": [40, 80]}
 
@@ -329,18 +437,54 @@ def test_the_sheet(tmp_path, capsys):
         assert sheet.size == (4 * 162 + 2, 2 * 62 + 2)
 
 
-@pytest.mark.parametrize("arguments, named", [
-    ("--charset AA", "charset"), ("--export x --charset A_", "'_'"), ("--n 0", "--n"), ("--length 0", "text_length"),
-    ("--size 4 160", "image_size"), ("--fonts nowhere.ttf", "nowhere.ttf"), ("--out nowhere/a.png", "nowhere/a.png"),
-    ("--out a.xyz", ".xyz"), ("--split dev", "dev"),
-])
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ("--charset AA", "charset"),
+        ("--export x --charset A_", "'_'"),
+        ("--n 0", "--n"),
+        ("--n 100000", "--export"),
+        ("--length 0", "text_length"),
+        ("--size 4 160", "image_size"),
+        ("--fonts nowhere.ttf", "nowhere.ttf"),
+        ("--out nowhere/a.png", "nowhere/a.png"),
+        ("--out a.xyz", ".xyz"),
+        ("--out a.gif --n 1 --size 66000 8", "a.gif"),  # higher than a GIF can be
+        ("--split dev", "dev"),
+        ("--out a.png --export x", "--export: not allowed with argument --out"),
+        ("--out captchas.png --export x", "--export: not allowed with argument --out"),
+        ("--out ''", "--out"),
+        ("--export ''", "--export"),
+        ("--fonts ''", "--fonts"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(arguments, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main(arguments.split())
+        main([argument.strip("'") for argument in arguments.split()])
     *usage, line = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(usage) <= 1 and ": error: " in line and named in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--out", "--export"])
+def test_an_interrupted_picture_leaves_nothing_behind(option, tmp_path, monkeypatch, capsys):
+    def interrupted(images, path, **options):
+        Path(path).write_bytes(b"the first half")
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    Path("old").mkdir()
+    Path("old/A.png").write_bytes(b"an earlier picture")
+    monkeypatch.setattr("dataset.save_image", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main([option, "old/A.png" if option == "--out" else "old"])
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert [path.name for path in Path("old").iterdir()] == ["A.png"]
+    assert Path("old/A.png").read_bytes() == b"an earlier picture"
+
+
+# ---------------------------------------------------------------------------- images on disk
 
 
 def save(path: Path, mode: str = "RGB", color=0, size=(20, 10)) -> Path:
@@ -370,11 +514,19 @@ def test_folder_without_texts_has_empty_labels(tmp_path):
     assert image.shape == (3, 10, 20) and label.shape == (0,) and label.dtype == torch.long
 
 
-@pytest.mark.parametrize("mode, color, rgb", [
-    ("L", 51, (51, 51, 51)), ("1", 1, (255, 255, 255)), ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-    ("RGBA", (255, 0, 0, 51), (255, 204, 204)), ("LA", (0, 51), (204, 204, 204)), ("I;16", 51 * 257, (51, 51, 51)),
-    ("I", 51 * 257, (51, 51, 51)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
-])
+@pytest.mark.parametrize(
+    "mode, color, rgb",
+    [
+        ("L", 51, (51, 51, 51)),
+        ("1", 1, (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
+        ("LA", (0, 51), (204, 204, 204)),
+        ("I;16", 51 * 257, (51, 51, 51)),
+        ("I", 51 * 257, (51, 51, 51)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+    ],
+)
 def test_any_image_becomes_rgb(tmp_path, mode, color, rgb):
     save(tmp_path / f"A.{'tif' if mode in ('CMYK', 'I') else 'png'}", mode, color)
     image, _ = CaptchaFolder(tmp_path)[0]
@@ -395,12 +547,14 @@ def test_resizing_averages(tmp_path):
     Image.fromarray(stripes).save(tmp_path / "A.png")
     image, _ = CaptchaFolder(tmp_path, image_size=(10, 16))[0]
     assert image.shape == (3, 10, 16)
-    assert (image[:, :, 2:-2] - 0.5).abs().max() < 0.1  # without antialiasing they would stay stripes
+    assert (image[:, :, 2:-2] - 0.5).abs().max() < 0.1  # without antialiasing: still stripes
 
 
 def test_folder_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         CaptchaFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="root"):
+        CaptchaFolder("")
     with pytest.raises(ValueError, match="no images"):
         CaptchaFolder(tmp_path)
     good = save(tmp_path / "A7.png")
@@ -409,64 +563,52 @@ def test_folder_errors_name_what_is_wrong(tmp_path):
     for name, value in [("image_size", (0, 5)), ("text_length", 0), ("charset", "AA")]:
         with pytest.raises(ValueError, match=name):
             CaptchaFolder(tmp_path, **{name: value})
-    with pytest.raises(ValueError, match="A7.png.*3 symbols"):
+    with pytest.raises(ValueError, match=r"A7\.png.*3 symbols"):
         CaptchaFolder(tmp_path, text_length=3)
-    with pytest.raises(ValueError, match="A7.png"):
+    with pytest.raises(ValueError, match=r"A7\.png"):
         CaptchaFolder(tmp_path, text_length=2, charset="AB")
     with pytest.raises(IndexError):
         CaptchaFolder(tmp_path)[-1]
     other = save(tmp_path / "B8.png", size=(30, 10))
-    with pytest.raises(ValueError, match="B8.png.*10x30"):
+    with pytest.raises(ValueError, match=r"B8\.png.*10x30"):
         CaptchaFolder(tmp_path, text_length=2)
     assert len(CaptchaFolder(tmp_path, (10, 20), 2)) == 2
     other.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="B8.png"):
+    with pytest.raises(ValueError, match=r"B8\.png"):
         CaptchaFolder(tmp_path, (10, 20), 2)
 
 
-def hostile_folder(folder):
-    """Two good images among files that are damaged, huge, of odd kinds or no images at all."""
-    noise = np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8)
-    Image.fromarray(noise).save(folder / "A7_whole.png")
-    Image.fromarray(noise).save(folder / "A7_animated.gif", save_all=True, append_images=[Image.fromarray(noise)] * 3)
-    whole = (folder / "A7_whole.png").read_bytes()
-    (folder / "A7_cut.png").write_bytes(whole[:3000])  # its header is fine
+BAD = "A7_cut.png A7_empty.png A7_flipped.png A7_huge.png A7_real.tiff A7_text.jpg misnamed.png"
+
+
+def hostile_folder(folder: Path) -> None:
+    """Two good images among files that are damaged, huge, of odd kinds or not images at all."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8))
+    image.save(folder / "A7_good.png")
+    image.save(folder / "A7_animated.gif", save_all=True, append_images=[image] * 3)
+    content = (folder / "A7_good.png").read_bytes()
+    (folder / "A7_cut.png").write_bytes(content[:3000])  # its header is fine
     (folder / "A7_empty.png").write_bytes(b"")
     (folder / "A7_text.jpg").write_bytes(b"no image")
     (folder / "notes.txt").write_text("not even by name")
-    flipped = bytearray(whole)
+    flipped = bytearray(content)
     flipped[len(flipped) // 2] ^= 255
     (folder / "A7_flipped.png").write_bytes(flipped)
     Image.new("1", (12_000, 9_000)).save(folder / "A7_huge.png")
     Image.new("F", (50, 50)).save(folder / "A7_real.tiff")
-    Image.fromarray(noise).save(folder / "misnamed.png")
-    return {"A7_whole.png", "A7_animated.gif"}
+    image.save(folder / "misnamed.png")
 
 
 def test_bad_files_of_a_folder_are_skipped_once_and_named(tmp_path):
-    good = hostile_folder(tmp_path)
+    hostile_folder(tmp_path)
     with pytest.warns(UserWarning) as warned:
         folder = CaptchaFolder(tmp_path, text_length=2, skip_bad=True)
-    assert {path.name for path in folder.paths} == good and len(folder) == 2
-    bad = ["A7_cut.png", "A7_empty.png", "A7_flipped.png", "A7_huge.png", "A7_real.tiff", "A7_text.jpg", "misnamed.png"]
-    assert [path.name for path in folder.skipped] == bad
+    assert [path.name for path in folder.paths] == ["A7_animated.gif", "A7_good.png"]
+    assert [path.name for path in folder.skipped] == BAD.split()
     messages = [str(w.message) for w in warned]
-    assert all(sum(name in message for message in messages) == 1 for name in bad)
+    assert all(sum(name in message for message in messages) == 1 for name in BAD.split())
+    assert len(folder) == len(list(folder)) == 2
     assert all(image.shape == (3, 50, 50) and decode_text(label) == "A7" for image, label in folder)
-
-
-def test_postscript_is_not_run(tmp_path, monkeypatch):
-    """Whatever a file calls itself, no other program gets to see it."""
-    script = tmp_path / "bin" / "gs"
-    script.parent.mkdir()
-    script.write_text(f"#!/bin/sh\ntouch {tmp_path / 'run'}\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 8\n%%EndComments\nshowpage\n%%EOF\n")
-    with pytest.raises(ValueError, match="a.png: not a readable image"):
-        CaptchaFolder(tmp_path / "in")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["A7_cut.png", "A7_flipped.png", "A7_huge.png", "A7_empty.png"])
@@ -477,33 +619,52 @@ def test_a_damaged_image_is_named_before_training_starts(name, tmp_path):
             path.unlink()
     with pytest.raises(ValueError, match=name):
         CaptchaFolder(tmp_path)
-    with pytest.warns(UserWarning, match=name), pytest.raises(ValueError, match="none of its 1 images is good"):
+    none_good = pytest.raises(ValueError, match="none of its 1 images is good")
+    with pytest.warns(UserWarning, match=name), none_good:
         CaptchaFolder(tmp_path, skip_bad=True)
 
 
-# ------------------------------------------------------------------------------------------------ loader
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    """Whatever a file calls itself, no other program gets to see it."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'run'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    (tmp_path / "in").mkdir()
+    postscript = (
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    (tmp_path / "in" / "a.png").write_text(postscript)
+    with pytest.raises(ValueError, match=r"a\.png: not a readable image"):
+        CaptchaFolder(tmp_path / "in")
+    assert not (tmp_path / "run").exists()
 
 
-def epochs(workers: int, seed: int, n: int = 2) -> list[torch.Tensor]:
-    dataset = CaptchaDataset(24, image_size=(12, 16), text_length=8, font_sizes=[8])  # texts long enough to differ
-    loader = make_loader(dataset, 5, workers=workers, seed=seed)
-    return [torch.cat([labels for _, labels in loader]) for _ in range(n)]
+# ---------------------------------------------------------------------------- loader
 
 
 def test_an_epoch_holds_each_index_once_and_its_order_is_the_seeds():
-    expected = sorted(label.tolist() for _, label in CaptchaDataset(24, image_size=(12, 16), text_length=8))
-    alone, with_workers, other = epochs(0, seed=1), epochs(2, seed=1), epochs(0, seed=2)
-    for epoch in with_workers:
-        assert sorted(epoch.tolist()) == expected
-    assert all(torch.equal(a, b) for a, b in zip(alone, with_workers))
+    # texts that are long enough to differ
+    dataset = CaptchaDataset(24, image_size=(12, 16), text_length=8, font_sizes=[8])
+
+    def two_epochs(workers: int, seed: int) -> list[torch.Tensor]:
+        loader = make_loader(dataset, 5, workers=workers, seed=seed)
+        return [torch.cat([labels for _, labels in loader]) for _ in range(2)]
+
+    expected = sorted(label.tolist() for _, label in dataset)
+    alone, with_workers, other = two_epochs(0, 1), two_epochs(2, 1), two_epochs(0, 2)
+    assert all(sorted(epoch.tolist()) == expected for epoch in with_workers)
+    assert all(map(torch.equal, alone, with_workers))
     assert not torch.equal(alone[0], alone[1]) and not torch.equal(alone[0], other[0])
 
 
 def test_the_loader_keeps_order_and_drops_the_rest_when_told():
     dataset = CaptchaDataset(7)
-    batches = list(make_loader(dataset, 3, shuffle=False, workers=0, drop_last=True, pin_memory=False))
-    assert [len(images) for images, _ in batches] == [3, 3]
-    assert torch.equal(torch.cat([images for images, _ in batches]), torch.stack([dataset[i][0] for i in range(6)]))
+    loader = make_loader(dataset, 3, shuffle=False, workers=0, drop_last=True, pin_memory=False)
+    batches = [images for images, _ in loader]
+    assert [len(images) for images in batches] == [3, 3]
+    assert torch.equal(torch.cat(batches), torch.stack([dataset[i][0] for i in range(6)]))
 
 
 def test_the_default_loader_works():

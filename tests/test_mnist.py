@@ -1,4 +1,4 @@
-"""MNIST as data, the flat VAE of its named config, and the importance-weighted bound against exact likelihoods."""
+"""MNIST as data, the flat VAE of its named config, and the bound against exact likelihoods."""
 
 import math
 import struct
@@ -10,9 +10,10 @@ from torch.utils.data import TensorDataset
 import generate
 import trainer
 from dataset import MNIST
-from generate import plot_manifold, plot_plane, test_images as held_out_images
+from generate import plot_manifold, plot_plane
+from generate import test_images as held_out_images
+from hvae.checkpoint import read_csv
 from model import CONFIGS, HVAE
-from runs import read_csv
 from trainer import evaluate, hold_out, importance_bounds, train
 
 
@@ -37,7 +38,19 @@ def digits(tmp_path):
     return tmp_path / "data"
 
 
-# ------------------------------------------------------------------------------------------------ data
+def flat_vae():
+    torch.manual_seed(0)
+    return HVAE(**CONFIGS["mnist-vae"]).eval()
+
+
+def one_latent(inference="top-down", channels=1):
+    """A dense model of 4x4 images."""
+    torch.manual_seed(0)
+    images = dict(input_size=(4, 4), input_channels=1, likelihood="bernoulli", text_length=None)
+    return HVAE([("dense", 8)], [], latent_channels=channels, inference=inference, **images).eval()
+
+
+# ---------------------------------------------------------------------------- data
 
 
 def test_items(digits):
@@ -53,21 +66,24 @@ def test_splits(digits):
     assert first == {"train": 0, "val": 220, "test": 0}
 
 
-def test_some_of_the_test_set_are_spread_over_it(digits):
-    model = HVAE(**CONFIGS["mnist-vae"])
-    first = lambda **most: [int(255 * image[0, 0, 0]) for image, _ in held_out_images(model, "mnist", digits, **most)]
-    assert first() == list(range(30)) == first(most=99) and first(most=3) == [0, 10, 20]
+@pytest.mark.parametrize(
+    "most, expected", [(None, list(range(30))), (99, list(range(30))), (3, [0, 10, 20])]
+)
+def test_some_of_the_test_set_are_spread_over_it(most, expected, digits):
+    test_set = held_out_images(flat_vae(), "mnist", digits, limit=most)
+    assert [int(255 * image[0, 0, 0]) for image, _ in test_set] == expected
 
 
 def test_held_out_digits_are_the_split_val(digits):
-    training, held_out = hold_out(MNIST("train", digits, text_length=1), seed=0, most=7)
+    training, held_out = hold_out(MNIST("train", digits, text_length=1), seed=0, limit=7)
     assert len(training) == 220 and len(held_out) == 7
     assert torch.equal(held_out[0][0], MNIST("val", digits)[0][0]) and held_out.text_length == 1
 
 
 def test_real_mnist(mnist_root):
-    assert [len(MNIST(split, mnist_root)) for split in ("train", "val", "test")] == [55_000, 5_000, 10_000]
-    image, label = MNIST("test", mnist_root)[0]
+    sets = [MNIST(split, mnist_root) for split in ("train", "val", "test")]
+    assert list(map(len, sets)) == [55_000, 5_000, 10_000]
+    image, label = sets[2][0]
     assert label.item() == 7 and 0.05 < image.mean() < 0.2
 
 
@@ -75,6 +91,7 @@ def test_real_mnist(mnist_root):
 def no_network(monkeypatch):
     def download(*_, **__):
         raise OSError("unreachable")
+
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
 
 
@@ -91,55 +108,59 @@ def test_damaged_digits(content, digits, no_network):
         MNIST("train", digits)
 
 
-@pytest.mark.parametrize("arguments, message", [({"split": "dev"}, "split"), ({"text_length": 2}, "text_length")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"split": "dev"}, "split"), ({"text_length": 2}, "text_length"), ({"root": ""}, "root")],
+)
 def test_bad_arguments(arguments, message, digits):
     with pytest.raises(ValueError, match=message):
         MNIST(**{"root": digits, **arguments})
 
 
 def test_binarised_images_are_drawn_anew():
-    """A model that is sure of white has no loss on white draws alone: its loss is the share of black ones."""
-    torch.manual_seed(0)
+    """A model that is sure of white pays only for black draws: its loss is their share."""
     data = TensorDataset(torch.full((200, 1, 4, 4), 0.25), torch.zeros(200, 0))
-    model = HVAE([("dense", 4)], [], (4, 4), 1, 1, likelihood="bernoulli", text_length=None)
+    model = one_latent()
     torch.nn.init.zeros_(model.to_image.weight)
     torch.nn.init.constant_(model.to_image.bias, 50.0)
-    drawn = [evaluate(model, data, binarise=True, seed=seed)["reconstruction"] / 50 / 16 for seed in (0, 0, 1)]
+    black = lambda **settings: evaluate(model, data, **settings)["reconstruction"] / 50 / 16
+    drawn = [black(binarise=True, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(abs(share - 0.75) < 0.03 for share in drawn)
-    assert evaluate(model, data)["reconstruction"] / 50 / 16 == pytest.approx(0.75)
+    assert black() == pytest.approx(0.75)
 
 
 def test_training_binarises(tmp_path, monkeypatch):
-    seen = []
-    forward = HVAE.forward
-    monkeypatch.setattr(HVAE, "forward", lambda self, x, *rest, **more: seen.append(x) or forward(self, x, *rest, **more))
-    data = TensorDataset(torch.full((8, 1, 8, 8), 0.5), torch.zeros(8, 0))
-    model = HVAE([("conv", 4, 2)], [], (8, 8), 1, 1, likelihood="bernoulli", text_length=None)
-    trained, _ = train(model, data, steps=3, batch_size=4, binarise=True, workers=0, val_dataset=data, out=tmp_path)
-    assert all(set(x.unique().tolist()) == {0.0, 1.0} for x in seen)
+    seen, forward = [], HVAE.forward
+    record = lambda self, x, *rest, **more: seen.append(x) or forward(self, x, *rest, **more)
+    monkeypatch.setattr(HVAE, "forward", record)
+    data = TensorDataset(torch.full((8, 1, 4, 4), 0.5), torch.zeros(8, 0))
+    settings = dict(steps=3, batch_size=4, workers=0, val_dataset=data, out=tmp_path)
+    trained, _ = train(one_latent(), data, binarise=True, **settings)
+    assert seen and all(set(x.unique().tolist()) == {0.0, 1.0} for x in seen)
     assert not torch.equal(seen[0], seen[1])
     assert trained.provenance["binarised"] is True
 
 
-# ------------------------------------------------------------------------------------------------ the bound
+# ---------------------------------------------------------------------------- the bound
 
 
 def log_likelihood_by_quadrature(model, x):
-    """log p(x) of a model whose one latent is a number, by the trapezoidal rule, float64 (B,)."""
+    """log p(x) for a latent that is one number, by the trapezoidal rule, float64 (B,)."""
     z = torch.linspace(-9, 9, 3001, dtype=torch.float64)
     with torch.no_grad():
         logits = model.decode([z[:, None].float()]).parameters.double()  # (3001, 1, H, W)
-    log_p_x = -torch.nn.functional.binary_cross_entropy_with_logits(
-        logits[None].expand(len(x), *logits.shape), x[:, None].double().expand(-1, len(z), -1, -1, -1), reduction="none")
+    images = x[:, None].double().expand(-1, len(z), -1, -1, -1)
+    nats = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits.expand_as(images), images, reduction="none"
+    )
     log_p_z = -0.5 * (z.square() + math.log(2 * math.pi))
-    return (log_p_x.flatten(2).sum(2) + log_p_z).logsumexp(1) + math.log(18 / 3000)
+    return (log_p_z - nats.flatten(2).sum(2)).logsumexp(1) + math.log(18 / 3000)
 
 
 @pytest.mark.parametrize("inference", ["top-down", "bottom-up"])
 def test_bound_tightens_to_the_exact_likelihood(inference):
-    torch.manual_seed(0)
-    model = HVAE([("dense", 8)], [], (4, 4), 1, 1, inference, "bernoulli", text_length=None).eval()
+    model = one_latent(inference)
     torch.nn.init.normal_(model.to_image.weight, std=1.0)
     torch.nn.init.normal_(model.levels[0].from_z.weight, std=2.0)
     model.levels[0].q.out.bias.data[1] = 1.0  # a wide posterior, whose draws reach everywhere
@@ -147,108 +168,126 @@ def test_bound_tightens_to_the_exact_likelihood(inference):
     exact = log_likelihood_by_quadrature(model, x).mean().item()
     metrics = evaluate(model, TensorDataset(x, torch.zeros(6, 0)), 10_000)
     bounds = metrics["bounds"]
-    assert list(bounds) == [1, 10, 100, 1000, 10_000] and bounds[10_000] == metrics["log_likelihood"]
+    assert list(bounds) == [1, 10, 100, 1000, 10_000]
+    assert bounds[10_000] == metrics["log_likelihood"]
     assert bounds[1] == pytest.approx(metrics["elbo"], abs=0.1)
     assert bounds[1] + 0.02 < bounds[10] < bounds[1000] < exact + 0.02
     assert bounds[10_000] == pytest.approx(exact, abs=0.02)
 
 
 def test_bounds_of_groups():
-    w = torch.randn(25, 3, dtype=torch.float64)
+    w = torch.randn(3, 25, dtype=torch.float64)
     bounds = importance_bounds(w)
     assert list(bounds) == [1, 10, 25]
-    torch.testing.assert_close(bounds[1], w.mean(0)[:, None])
-    torch.testing.assert_close(bounds[25], w.exp().mean(0).log()[:, None])
-    torch.testing.assert_close(bounds[10][:, 0], (w[:10].exp().mean(0).log() + w[10:20].exp().mean(0).log()) / 2)
+    log_mean = lambda part: part.exp().mean(1).log()
+    torch.testing.assert_close(bounds[1], w.mean(1))
+    torch.testing.assert_close(bounds[25], log_mean(w))
+    torch.testing.assert_close(bounds[10], (log_mean(w[:, :10]) + log_mean(w[:, 10:20])) / 2)
 
 
-# ------------------------------------------------------------------------------------------------ the flat VAE
+# ---------------------------------------------------------------------------- the flat VAE
 
 
 def test_layers_of_the_flat_vae():
-    model = HVAE(**CONFIGS["mnist-vae"])
-    shapes = lambda block: [(layer.kind, layer.c_in, layer.c_out, layer.size_out, layer.arg) for layer in block.plan]
+    model = flat_vae()
+    shapes = lambda block: [(p.kind, p.c_in, p.c_out, p.size_out, p.arg) for p in block.plan]
     assert shapes(model.inference[0]) == [
-        ("conv", 1, 32, (28, 28), 1), ("conv", 32, 32, (28, 28), 1), ("conv", 32, 64, (14, 14), 2), ("dense", 64, 128, (), 1)]
+        ("conv", 1, 32, (28, 28), 1),
+        ("conv", 32, 32, (28, 28), 1),
+        ("conv", 32, 64, (14, 14), 2),
+        ("dense", 64, 128, (), 1),
+    ]
     assert shapes(model.generation[0]) == [
-        ("undense", 128, 64, (14, 14), 1), ("convt", 64, 32, (28, 28), 2), ("convt", 32, 32, (28, 28), 1)]
-    level = model.levels[0]
-    assert level.shape == (2,) and level.p is None and len(model.levels) == 1
+        ("undense", 128, 64, (14, 14), 1),
+        ("convt", 64, 32, (28, 28), 2),
+        ("convt", 32, 32, (28, 28), 1),
+    ]
+    (level,) = model.levels
+    assert level.shape == (2,) and level.p is None
     assert (level.from_z.in_features, level.from_z.out_features) == (2, 128)
     last = model.to_image
-    assert isinstance(last, torch.nn.ConvTranspose2d) and (last.in_channels, last.out_channels) == (32, 1)
+    assert isinstance(last, torch.nn.ConvTranspose2d)
+    assert (last.in_channels, last.out_channels) == (32, 1)
     assert model.sample(2).shape == (2, 1, 28, 28)
 
 
-@pytest.mark.parametrize("config", ["mnist-vae", "mnist-hvae"])
+@pytest.mark.parametrize("config", [name for name in CONFIGS if name.startswith("mnist")])
 def test_named_configs(config):
     model = HVAE(**CONFIGS[config])
     assert sum(parameter.numel() for parameter in model.parameters()) <= 5e6
-    elbo = model(torch.rand(2, 1, 28, 28).bernoulli())
-    assert elbo.elbo.isfinite().all() and model.likelihood == "bernoulli" and model.text_length is None
+    assert model(torch.rand(2, 1, 28, 28).bernoulli()).elbo.isfinite().all()
+    assert model.config["likelihood"] == "bernoulli" and model.text_length is None
 
 
 def test_plane_shows_the_means(digits):
-    torch.manual_seed(0)
-    model = HVAE(**CONFIGS["mnist-vae"]).eval()
+    model = flat_vae()
     test_set = held_out_images(model, "mnist", digits)
-    figure = plot_plane(model, test_set)
-    points = figure.axes[0].collections[0]
-    means = torch.cat([model.infer(image[None])[1][0][0].mu for image, _ in test_set]).detach()
-    torch.testing.assert_close(torch.as_tensor(points.get_offsets().data).float(), means, atol=1e-4, rtol=1e-3)
+    points = plot_plane(model, test_set).axes[0].collections[0]
+    means = torch.cat([model.infer(image[None])[1][0].q.mu for image, _ in test_set]).detach()
+    shown = torch.as_tensor(points.get_offsets().data).float()
+    torch.testing.assert_close(shown, means, atol=1e-4, rtol=1e-3)
     assert points.get_array().tolist() == [label.item() for _, label in test_set]
 
 
 def test_manifold_is_the_grid_of_quantiles():
-    torch.manual_seed(0)
-    model = HVAE(**CONFIGS["mnist-vae"]).eval()
+    model = flat_vae()
     torch.nn.init.normal_(model.levels[0].from_z.weight, std=3.0)
-    shown = torch.as_tensor(plot_manifold(model, 3).axes[0].get_images()[0].get_array().filled())  # (84, 84, 3)
+    shown = plot_manifold(model, 3).axes[0].get_images()[0].get_array().filled()  # (84, 84, 3)
     q = torch.distributions.Normal(0, 1).icdf(torch.tensor([1, 3, 5]) / 6)
     for row in range(3):
         for column in range(3):
-            image = model.decode([torch.tensor([[q[column], q[2 - row]]])]).image[0, 0]
+            image = model.decode([torch.tensor([[q[column], q[2 - row]]])]).image[0, 0].detach()
             tile = shown[28 * row : 28 * row + 28, 28 * column : 28 * column + 28, 0]
-            torch.testing.assert_close(tile, image.detach(), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(torch.as_tensor(tile), image, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("plot", [lambda model: plot_plane(model, []), plot_manifold])
 def test_plane_needs_a_plane(plot):
-    model = HVAE([("dense", 4)], [], (4, 4), 1, 3, likelihood="bernoulli", text_length=None)
     with pytest.raises(ValueError, match="one level of two numbers"):
-        plot(model)
+        plot(one_latent(channels=3))
 
 
-# ------------------------------------------------------------------------------------------------ command lines
+# ---------------------------------------------------------------------------- command lines
 
 
-def test_flat_vae_in_one_command(digits, tmp_path, capsys):
-    out = tmp_path / "out"
-    trainer.main(["--data", "mnist", "--config", "mnist-vae", "--root", str(digits), "--steps", "2", "--batch-size", "8",
-                  "--workers", "0", "--device", "cpu", "--out", str(out)])
-    assert {"hvae.pt", "plane.png", "manifold.png", "reconstructions.png", "samples.png"} <= {p.name for p in out.iterdir()}
+@pytest.fixture
+def flat_options(digits, tmp_path):
+    """The options that train the flat VAE for a moment."""
+    run = ["--steps", "2", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+    data = ["--data", "mnist", "--root", str(digits), "--config", "mnist-vae"]
+    return [*data, *run, "--out", str(tmp_path / "out")]
+
+
+def test_flat_vae_in_one_command(flat_options, tmp_path, capsys):
+    out, figures = tmp_path / "out", tmp_path / "figures"
+    trainer.main(flat_options)
+    pictures = {"plane.png", "manifold.png", "reconstructions.png", "samples.png"}
+    assert {"hvae.pt", *pictures} <= {p.name for p in out.iterdir()}
     model = HVAE.load(out / "hvae.pt")
-    assert model.config == HVAE(**CONFIGS["mnist-vae"]).config and model.provenance["data"]["data"] == "MNIST"
+    assert model.config == flat_vae().config and model.provenance["data"]["data"] == "MNIST"
     capsys.readouterr()
-    trainer.main(["--data", "mnist", "--root", str(digits), "--evaluate", str(out / "hvae.pt"), "--importance-samples", "10"])
+    data, checkpoint = flat_options[:4], str(out / "hvae.pt")
+    trainer.main([*data, "--evaluate", checkpoint, "--importance-samples", "10"])
     assert "30 images" in capsys.readouterr().out
-    generate.main(["--data", "mnist", "--root", str(digits), "--checkpoint", str(out / "hvae.pt"), "--figures",
-                   str(tmp_path / "figures")])
-    assert (tmp_path / "figures" / "plane.png").is_file()
+    generate.main([*data, "--checkpoint", checkpoint, "--figures", str(figures)])
+    assert (figures / "plane.png").is_file()
 
 
-def test_defaults_of_the_command_line():
-    _, args = trainer.parse([])
-    assert (args.config, args.steps, args.binarise) == ("captcha", 11_000, False)
-    _, args = trainer.parse(["--data", "mnist"])
-    assert (args.config, args.binarise, args.closed_share) == ("mnist-hvae", True, 0.0)
-    _, args = trainer.parse(["--data", "mnist", "--config", "mnist-vae", "--steps", "5"])
-    assert (args.config, args.binarise, args.steps) == ("mnist-vae", False, 5)
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ("", ("captcha", 11_000, False, 0.5)),
+        ("--data mnist", ("mnist-hvae", 33_000, True, 0.0)),
+        ("--data mnist --config mnist-vae --steps 5", ("mnist-vae", 5, False, 0.0)),
+    ],
+)
+def test_defaults_of_the_command_line(options, expected):
+    _, args, _ = trainer.parse(options.split())
+    assert (args.config, args.steps, args.binarise, args.closed_share) == expected
 
 
-def test_digits_as_texts(digits, tmp_path):
-    trainer.main(["--data", "mnist", "--config", "mnist-vae", "--length", "1", "--root", str(digits), "--steps", "1",
-                  "--batch-size", "8", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "out")])
+def test_digits_as_texts(flat_options, tmp_path):
+    trainer.main([*flat_options, "--length", "1", "--steps", "1"])
     model = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert (model.text_length, model.charset) == (1, "0123456789")
     assert model.sample(1, "7").shape == (1, 1, 28, 28)

@@ -1,0 +1,1 @@
+"""The parts of the HVAE: config language, distributions, files, processes, text."""

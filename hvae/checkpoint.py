@@ -1,0 +1,287 @@
+"""Files: checkpoints of models, states of training runs, and atomic writes.
+
+Both kinds are safetensors files: tensors by name, and JSON in the header. The header holds a
+SHA-256 digest of everything else, because safetensors has no checksum.
+
+    checkpoint    config (the arguments of HVAE), weights, provenance (data, steps, figures)
+    run state     weights, their average, optimizer, random states, settings, history
+"""
+
+import csv
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hvae.validate import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_locked: set[Path] = set()  # the folders that trainings in this process hold
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a path to write to, which takes the place of `path` if all goes well.
+
+    On an error the temporary file is removed, and what was there before stays.
+
+    Raises:
+        OSError: naming the file that could not be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".new-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping) -> None:
+    """Writes tensors and JSON metadata into one file, atomically.
+
+    Raises:
+        ValueError: the metadata cannot be written as JSON.
+        OSError: naming the file that could not be written.
+    """
+    content = serialize(path, tensors, metadata)
+    with atomic_write(path) as temporary:
+        write_synced(temporary, content)
+
+
+def serialize(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping) -> bytes:
+    """The content of a file with these tensors and metadata."""
+    try:
+        text = json.dumps(metadata)
+    except TypeError as error:
+        names = ", ".join(metadata)
+        raise InputError(f"{path}: {names} must be JSON: {error}") from error
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(tensors, {"hvae": text, "sha256": digest(tensors, text)})
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Returns once the disk has the content, so that a power cut after a renaming loses nothing."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata as write_tensors() wrote them. Runs no code from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: naming the file, which is damaged or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable checkpoint ({error})") from error
+    missing = {"hvae", "sha256"} - header.keys()
+    if missing:
+        raise InputError(f"{path}: not a file of this project; its header lacks {sorted(missing)}")
+    if header["sha256"] != digest(tensors, header["hvae"]):
+        raise InputError(f"{path}: damaged, its digest is wrong")
+    return tensors, json.loads(header["hvae"])
+
+
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 of the names, shapes, types and values of tensors, and of a text."""
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(
+    path: str | Path, config: Mapping, weights: Mapping[str, Tensor], provenance: Mapping
+) -> None:
+    """Writes a model: the arguments that build it, its weights, and where they come from."""
+    write_tensors(path, weights, {"config": dict(config), "provenance": dict(provenance)})
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
+    """Config, weights and provenance as save_checkpoint() wrote them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: naming the file and what is wrong with it or what it lacks.
+    """
+    weights, metadata = read_tensors(path)
+    missing = [k for k in ("config", "provenance") if not isinstance(metadata.get(k), dict)]
+    if missing:
+        raise InputError(f"{path}: not a model checkpoint; it lacks {', '.join(missing)}")
+    for name, weight in weights.items():
+        if not weight.float().isfinite().all():
+            raise InputError(f"{path}: not all numbers in {name} are finite")
+    return metadata["config"], weights, metadata["provenance"]
+
+
+# ---------------------------------------------------------------------------- run states
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping) -> None:
+    """Writes the state of a run; the state before it is kept as state.previous.pt.
+
+    Raises:
+        OSError: naming the file that could not be written; the old state is kept.
+    """
+    content = serialize(path, tensors, metadata)
+    with atomic_write(path) as temporary:
+        write_synced(temporary, content)
+        if is_state(path):  # a damaged one must not replace the last good one
+            os.replace(path, previous(path))
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The state of a run, or the one before it, with a warning, if the last is damaged.
+
+    Raises:
+        ValueError: neither file is readable.
+    """
+    try:
+        return read_state(path)
+    except (InputError, OSError) as error:
+        if not is_state(previous(path)):
+            raise
+        tensors, metadata = read_state(previous(path))
+        step = metadata["step"]
+        warnings.warn(f"{error}; going on from {previous(path).name}, step {step}", stacklevel=2)
+        return tensors, metadata
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The state in this very file; raises as read_tensors() does, also if it is something else."""
+    tensors, metadata = read_tensors(path)
+    missing = {"step", "config", "param_groups"} - metadata.keys()
+    if missing:
+        raise InputError(f"{path}: not a training state; it lacks {', '.join(sorted(missing))}")
+    return tensors, metadata
+
+
+def is_state(path: Path) -> bool:
+    """Whether this very file is a readable state."""
+    try:
+        read_state(path)
+    except (InputError, OSError):
+        return False
+    return True
+
+
+def previous(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a run in this folder can be resumed."""
+    state = folder / "state.pt"
+    return state.exists() or previous(state).exists()
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list]:
+    """An optimizer's state as tensors by name, and its parameter groups as plain values."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"optimizer.{i}.{name}": tensor
+        for i, values in state["state"].items()
+        for name, tensor in values.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list
+) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".", 2)
+            p = parameters[int(i)]
+            # The file has lost channels_last, but fused AdamW takes a parameter and its moments
+            # to lie in memory alike.
+            same_layout = torch.empty_like(p).copy_(tensor) if tensor.shape == p.shape else tensor
+            state.setdefault(int(i), {})[name] = same_layout
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other trainings, in this process or another, out of a folder.
+
+    The system drops the lock when the process ends, however it ends.
+
+    Raises:
+        ValueError: another training has the folder.
+        OSError: the folder cannot be written to.
+    """
+    folder = folder.resolve()
+    in_use = InputError(f"{folder} is in use by another training")
+    if folder in _locked:
+        raise in_use
+    with open(folder / ".lock", "w") as file:
+        if fcntl:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise in_use from None
+            except OSError:  # some network drives have no locks
+                pass
+        _locked.add(folder)
+        try:
+            yield
+        finally:
+            _locked.discard(folder)
+
+
+# ---------------------------------------------------------------------------- metrics.csv
+
+
+def write_csv(path: Path, history: Sequence[dict]) -> None:
+    """A row for each entry of the history, a column for each name in any of them."""
+    names = list(dict.fromkeys(name for row in history for name in row))
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for row in history:
+            writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+
+
+def read_csv(path: str | Path) -> list[dict]:
+    """A history that train() wrote: a list of rows of numbers."""
+    whole_numbers = ("step", "images", "skipped")
+    with open(path, newline="") as file:
+        return [
+            {k: int(v) if k in whole_numbers else float(v) for k, v in row.items() if v != ""}
+            for row in csv.DictReader(file)
+        ]

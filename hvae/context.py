@@ -1,0 +1,342 @@
+"""p(x|z) with a local context: a pixel depends on z and on the pixels of a window before it.
+
+    p(x|z) = prod_i prod_c p(x_ic | f_i(z), x_j for j in the window of i, x_ic' for c' < c)
+
+The window predicts fine detail, so z need only carry layout, glyphs and colours (PixelVAE,
+Gulrajani et al. 2017; variational lossy autoencoder, Chen et al. 2017). Channels of 8 bits are
+mixtures of discretised logistics (PixelCNN++, Salimans et al. 2017), each given the channels
+before it; binary pixels are Bernoulli.
+
+An image has few colours, and a window inside a stroke does not see them all. So two more values
+are in every window of 8-bit images: the first pixel of the image, and the contrast, which is of
+all values above (and no further right than the window) the one that differs most from it.
+
+The pixels of a window are gathered into one row for each pixel, and linear layers do the rest:
+a masked convolution and 1x1 convolutions, of chosen pixels only. The same code scores all pixels
+of an image, or a random part of them (training), or draws those on a slanted front (sampling).
+Nothing can depend on a later pixel, because none is ever looked up.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvae.distributions import channel_means, log_discretised_logistic
+
+BASES = 6  # that a mean starts from: left, above, a gradient, z's own guess, first, contrast
+CHUNK = 1 << 16  # pixels scored at once: bounds the memory
+KEEP_EDGE, KEEP_FLAT = 0.2, 0.04  # shares of the pixels that a training step scores
+CORRUPT = 0.005  # share of the window's values that are wrong in training
+
+
+class LogisticMixture(NamedTuple):
+    """Mixtures of K logistics, discretised to levels 0 ... 255: (N, K) each."""
+
+    logit: Tensor  # of the components' weights
+    mean: Tensor
+    log_scale: Tensor
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """(N,) nats, of levels (N, 1)."""
+        log_p = log_discretised_logistic(value, value - self.mean, self.log_scale)
+        return torch.logsumexp(self.logit + log_p, 1) - torch.logsumexp(self.logit, 1)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """Levels (N, 1) from uniform noise (N, 2): one number picks the component."""
+        cumulative = (self.logit - self.logit.amax(1, keepdim=True)).exp().cumsum(1)
+        k = (cumulative[:, :-1] < noise[:, :1] * cumulative[:, -1:]).sum(1, keepdim=True)
+        logistic = torch.logit(noise[:, 1:])
+        value = self.mean.gather(1, k) + self.log_scale.gather(1, k).exp() * logistic
+        return value.round().clamp(0, 255)
+
+
+class ContextNetwork(nn.Module):
+    """The network behind p(x|z): forward(f) makes the distribution of images, `Pixels`.
+
+    f (B, `features`, H, W) is what z says; its first C channels are z's own guess of x in [-1, 1].
+
+    Args:
+        channels: C of the images.
+        context: rows above and columns to each side that a pixel sees.
+        mixtures: logistics of a channel; the k-th mean starts from base k modulo 6.
+        likelihood: 'logistic' for 8-bit images, 'bernoulli' for binary ones.
+    """
+
+    features = 32
+
+    def __init__(
+        self,
+        channels: int,
+        context: tuple[int, int],
+        mixtures: int,
+        likelihood: str,
+        width: int = 64,
+    ):
+        super().__init__()
+        self.rows, self.columns = context
+        self.channels, self.mixtures = channels, mixtures
+        self.binary = likelihood == "bernoulli"
+        self.taps = self.rows * (2 * self.columns + 1) + self.columns  # the left pixel is the last
+        self.taps += 0 if self.binary else 2  # the first pixel, the contrast
+        self.from_window = nn.Linear(channels * (self.taps + 1), width)
+        self.from_z = nn.Linear(self.features, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        if self.binary:
+            self.out = nn.Linear(width, channels)
+            return
+        self.out = nn.ModuleList(nn.Linear(width, 3 * mixtures) for _ in range(channels))
+        later = range(1, channels)
+        self.from_h = nn.ModuleList(nn.Linear(width, width) for _ in later)
+        self.from_earlier = nn.ModuleList(nn.Linear((BASES + 1) * c, width) for c in later)
+        self.slopes = nn.ModuleList(nn.Linear(width, c) for c in later)
+        self.log_ridge = nn.Parameter(torch.tensor(2.5)) if channels > 1 else None
+        with torch.no_grad():
+            for slopes in self.slopes:
+                slopes.weight *= 0.1
+                slopes.bias.fill_(1 / slopes.out_features)
+            for out in self.out:
+                out.weight *= 0.3
+                out.bias.zero_()
+                out.bias[2 * mixtures :] = torch.linspace(-1.5, 2.5, mixtures)
+
+    def forward(self, f: Tensor) -> "Pixels":
+        return Pixels(self, f)
+
+    @torch.no_grad()
+    def start_at(self, bias: Tensor, x: Tensor) -> None:
+        """Sets the bias of the map f so that z's guess starts at the level of images x."""
+        bias[: self.channels] = 2 * channel_means(x) - 1
+        if self.binary:
+            self.out.bias.copy_(channel_means(x).logit())
+
+    def score_or_draw(
+        self, window: Tensor, f: Tensor, x: Tensor | None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores pixels x (N, C): returns x and log p (N, C). Draws x if it is None.
+
+        Args:
+            window: (N, taps, C), see Pixels.window(). It and x are levels: 0 ... 255, or 0 and 1.
+            f: (N, features), what z says.
+            noise: (N, C, 2), uniform in (0, 1).
+        """
+        h = self.trunk(window, f)
+        if not self.binary:
+            return self.logistics(h, window, f, x, noise)
+        logit = self.out(h).to(window)
+        if x is None:
+            return (noise[..., 0] < logit.sigmoid()).to(window), None
+        return x, -F.binary_cross_entropy_with_logits(logit, x, reduction="none")
+
+    def trunk(self, window: Tensor, f: Tensor) -> Tensor:
+        """What the window and z say, (N, width)."""
+        left = window[:, -1:]
+        if self.binary:
+            seen = torch.cat([window, torch.zeros_like(left)], 1)
+        else:
+            seen = torch.cat([root(window - left), left / 64 - 3], 1)
+        h = F.silu(self.from_window(seen.flatten(1)) + self.from_z(f))
+        for layer in self.hidden:
+            h = h + F.silu(layer(h))
+        return h
+
+    def logistics(
+        self, h: Tensor, window: Tensor, f: Tensor, x: Tensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Channel after channel: a mixture whose means follow the channels before.
+
+        A channel follows each earlier one by a slope, that of the window's pixels (one ridge
+        regression after the other), drawn towards what h expects where the window has no colour.
+        """
+        bases = self.bases(window, f)  # (N, C, BASES)
+        differences = window - window[:, -1:]
+        with torch.autocast(window.device.type, enabled=False):  # squares need all their digits
+            products = torch.bmm(differences.transpose(1, 2), differences)  # (N, C, C)
+        products = [list(row) for row in products.permute(1, 2, 0)]
+        values, log_p, residuals = [], [], []
+        for c in range(self.channels):
+            base, hidden = bases[:, c], h
+            if c:
+                expected = self.slopes[c - 1](h).to(window)
+                slopes = ridge_slopes(products, c, expected, self.log_ridge.exp())
+                for slope, residual in zip(slopes, residuals, strict=True):
+                    base = base + slope[:, None] * residual
+                earlier = torch.cat([*map(root, residuals), torch.stack(slopes, 1)], 1)
+                hidden = h + F.silu(self.from_h[c - 1](h) + self.from_earlier[c - 1](earlier))
+            mixture = self.mixture(c, hidden, base)
+            if x is None:
+                value = mixture.draw(noise[:, c])
+            else:
+                value = x[:, c, None]
+                log_p.append(mixture.log_prob(value))
+            values.append(value)
+            residuals.append(value - base)  # (N, BASES)
+        return torch.cat(values, 1), torch.stack(log_p, 1) if log_p else None
+
+    def bases(self, window: Tensor, f: Tensor) -> Tensor:
+        """The levels that means start from, (N, C, BASES)."""
+        up = -2 * self.columns - 1
+        left, above, corner = window[:, -1], window[:, up], window[:, up - 1]
+        gradient = (left + above - corner).clamp(0, 255)
+        guess = 127.5 * (f[:, : self.channels].to(window) + 1)
+        first, contrast = window[:, 0], window[:, 1]
+        return torch.stack([left, above, gradient, guess, first, contrast], 2)
+
+    def mixture(self, c: int, hidden: Tensor, base: Tensor) -> LogisticMixture:
+        logit, shift, log_scale = self.out[c](hidden).to(base).chunk(3, 1)
+        base = base.repeat(1, -(-self.mixtures // BASES))[:, : self.mixtures]
+        mean = base + shift * (1 + shift.abs())
+        return LogisticMixture(logit, mean, log_scale.clamp(-3.5, 5))
+
+
+class Pixels:
+    """p(x|z) of images x (B, C, H, W) in [0, 1]: multiples of 1/255, or zeros and ones."""
+
+    def __init__(self, network: ContextNetwork, f: Tensor):
+        self.network, self.size = network, f.shape[2:]
+        self.levels, self.outside = (1, 0) if network.binary else (255, 255)
+        self.parameters = f
+        self.f = f.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, features)
+        self.pitch = self.size[1] + 2 * network.columns  # of a row on the canvas
+
+    @property
+    def image(self) -> Tensor:
+        """z's own guess, without a context, (B, C, H, W) in [0, 1]."""
+        return ((self.parameters[:, : self.network.channels].float() + 1) / 2).clamp(0, 1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(B,) nats."""
+        every = torch.arange(len(self.f), device=self.f.device)
+        canvases = self.canvases(x)
+        parts = [self.score(canvases, canvases, i) for i in every.split(CHUNK)]
+        return torch.cat(parts).view(len(x), -1).sum(1)
+
+    def estimate(self, x: Tensor) -> Tensor:
+        """An estimate of log_prob from a random part of the pixels, weighted by 1/share, (B,) nats.
+
+        Pixels like all of their neighbours cost little and teach little; few of them are scored.
+        A few values in the windows are replaced, so that a sample recovers from an unlikely pixel,
+        which would otherwise lead to others.
+        """
+        keep = torch.where(is_flat(x), KEEP_FLAT, KEEP_EDGE).flatten()
+        i = (torch.rand_like(keep) < keep).nonzero()[:, 0]
+        image = i // math.prod(self.size)
+        other = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
+        seen = torch.where(torch.rand_like(x) < CORRUPT, other, x)
+        log_p = self.score(self.canvases(x), self.canvases(seen), i)
+        return x.new_zeros(len(x)).index_add(0, image, log_p / keep[i])
+
+    def score(self, canvases: Sequence[Tensor], seen: Sequence[Tensor], i: Tensor) -> Tensor:
+        """log p of the pixels i, which count through (B, H, W), given windows of `seen`: nats."""
+        x = canvases[0].index_select(0, self.places(i))
+        window, f = self.window(*seen, i), self.f.index_select(0, i).to(x)
+        return self.network.score_or_draw(window, f, x)[1].sum(1)
+
+    def canvases(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Canvases of x in levels, and of its extremes above and to the left of each pixel."""
+        x = (self.levels * x).round()
+        low, high = x.cummin(2).values.cummin(3).values, x.cummax(2).values.cummax(3).values
+        return self.canvas(x, self.outside), self.canvas(low, 255), self.canvas(high, 0)
+
+    def canvas(self, x: Tensor, outside: int) -> Tensor:
+        """Values of images, row by row with margins, (B * (rows + H) * pitch, C)."""
+        sides, top = self.network.columns, self.network.rows
+        x = F.pad(x, (sides, sides, top, 0), value=outside)
+        return x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+
+    def places(self, i: Tensor) -> Tensor:
+        """Where on the canvas the pixels i are."""
+        h, w = self.size
+        row, image = i // w, i // (h * w)
+        return (row + (image + 1) * self.network.rows) * self.pitch + i % w + self.network.columns
+
+    def window(self, canvas: Tensor, low: Tensor, high: Tensor, i: Tensor) -> Tensor:
+        """The windows of the pixels i, (N, taps, C): [first, contrast], the rest in reading order.
+
+        In every row above, and in its own, a window is a run of pixels; the last run is cut before
+        the pixel itself. `low` and `high` are canvases of the extremes above and to the left.
+        """
+        net, places = self.network, self.places(i)
+        rows, columns, c = net.rows, net.columns, net.channels
+        runs = canvas.flatten().unfold(0, (2 * columns + 1) * c, c)  # a view: a run at each place
+        above = torch.arange(-rows, 1, device=i.device) * self.pitch
+        window = runs[places[:, None] + above - columns].view(len(i), -1, c)
+        window = window[:, : rows * (2 * columns + 1) + columns]
+        if net.binary:
+            return window
+        h, w = self.size
+        corner = self.places(i - i % (h * w))
+        margin = 0  # a place outside of the images
+        first = canvas.index_select(0, torch.where(i % (h * w) == 0, margin, corner))
+        up = places - self.pitch + (w - 1 - i % w).clamp(max=columns)
+        low, high = low.index_select(0, up), high.index_select(0, up)
+        contrast = torch.where(first - low >= high - first, low, high)
+        return torch.cat([torch.stack([first, contrast], 1), window], 1)
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator | None = None, raster: bool = False) -> Tensor:
+        """An exact draw of p(x|z), (B, C, H, W) in [0, 1].
+
+        A pixel sees no further right than `columns` in the rows above. So all pixels (i, j) with
+        the same j + (columns + 1) i are drawn at once, in W + (columns + 1)(H - 1) rounds.
+        `raster` draws one pixel after the other, with the same result.
+        """
+        (h, w), c, device = self.size, self.network.channels, self.f.device
+        batch = len(self.parameters)
+        dtype = self.network.from_z.weight.dtype
+        empty = torch.zeros(batch, c, h, w, device=device, dtype=dtype)
+        canvas, low, high = self.canvases(empty)
+        source = generator.device if generator else device
+        shape = (batch * h * w, c, 2)
+        noise = torch.rand(shape, generator=generator, dtype=canvas.dtype, device=source)
+        noise = noise.to(device).clamp(1e-6, 1 - 1e-6)
+        pixel = torch.arange(h * w, device=device)
+        front = pixel if raster else pixel % w + (self.network.columns + 1) * (pixel // w)
+        first = h * w * torch.arange(batch, device=device)[:, None]
+        order = front.argsort(stable=True)
+        for pixels in order.split(front.unique(return_counts=True)[1].tolist()):
+            i = (first + pixels).flatten()
+            places, f = self.places(i), self.f.index_select(0, i).to(canvas)
+            window = self.window(canvas, low, high, i)
+            x, _ = self.network.score_or_draw(window, f, None, noise[i])
+            canvas[places] = x
+            left, up = places - 1, places - self.pitch
+            low[places] = torch.minimum(x, torch.minimum(low[left], low[up]))
+            high[places] = torch.maximum(x, torch.maximum(high[left], high[up]))
+        drawn = canvas[self.places(torch.arange(batch * h * w, device=device))] / self.levels
+        return drawn.view(batch, h, w, c).permute(0, 3, 1, 2)
+
+
+def root(t: Tensor) -> Tensor:
+    """About a signed square root: differences of levels, with 0 and 1 apart, and 100 and 200."""
+    return t * torch.rsqrt(1 + t.abs())
+
+
+def ridge_slopes(
+    products: list[list[Tensor]], c: int, expected: Tensor, ridge: Tensor
+) -> list[Tensor]:
+    """How channel c follows each channel before it, (N,) each: ridge regressions, in turn.
+
+    products[c][d] (N,) are of channels c and d, summed over the window; those of c are replaced by
+    the products of what is left of c. expected (N, c) are the slopes of a window without colour.
+    """
+    slopes = []
+    for d in range(c):
+        slope = (products[c][d] + ridge * expected[:, d]) / (products[d][d] + ridge)
+        slopes.append(slope.clamp(-6, 6))
+        square = products[c][c] - slopes[d] * (2 * products[c][d] - slopes[d] * products[d][d])
+        for k in range(len(products)):
+            products[c][k] = products[k][c] = products[c][k] - slopes[d] * products[d][k]
+        products[c][c] = square.clamp(min=0)
+    return slopes
+
+
+def is_flat(x: Tensor) -> Tensor:
+    """(B, H, W): whether a pixel is the same as those above it and to the left."""
+    padded = F.pad(x, (1, 1, 1, 0), value=-1.0)
+    h, w = x.shape[2:]
+    near = [padded[:, :, 1:, :w], *(padded[:, :, :h, j : j + w] for j in range(3))]
+    return torch.stack([(x == other).all(1) for other in near]).all(0)

@@ -1,0 +1,187 @@
+"""A training run as an object: all that its steps change, and how it is saved and resumed."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from hvae.checkpoint import flatten_optimizer, load_state, restore_optimizer, save_state
+from hvae.parallel import data_parallel
+from hvae.validate import InputError
+
+PATIENCE = 20  # steps in a row without a finite gradient before a run gives up
+
+
+class Run:
+    """A training run: all that its steps change.
+
+    Args:
+        model: an HVAE.
+        hp: its Hyperparameters, see trainer.py.
+        device, bf16: where, and whether with bfloat16 autocast.
+        description: of the data, for the checkpoint.
+        images: in the training set.
+    """
+
+    def __init__(
+        self, model: nn.Module, hp, device: torch.device, bf16: bool, description, images: int
+    ):
+        self.model, self.hp = model.to(device).train(), hp
+        self.settings = {**asdict(hp), "images": images}
+        if hp.frozen_latents:
+            model.freeze_latents()
+        self.device, self.bf16, self.description = device, bf16, description
+        self.forward = data_parallel(model)
+        self.average = AveragedModel(model, multi_avg_fn=ema_with_warmup(hp.ema))
+        self.average.eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), hp.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.clip = GradientClipper()
+        self.free_nats = torch.tensor(hp.free_nats, device=device)
+        self.began_with = model.provenance
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict] = []
+        self.recent: list[dict] = []  # terms of the steps since the last row of the history
+
+    def record(self, terms: dict) -> None:
+        """Keeps a step's terms for the next row of the history.
+
+        Raises:
+            FloatingPointError: too many steps in a row had no finite gradient; naming the term.
+        """
+        if self.clip.last_is_finite and all(map(math.isfinite, terms.values())):
+            self.recent.append({**terms, "grad_norm": self.clip.last})
+        elif self.clip.skipped_in_a_row >= PATIENCE:
+            wrong = [f"{name} is {n}" for name, n in terms.items() if not math.isfinite(n)]
+            raise FloatingPointError(
+                f"step {self.step}: {wrong[-1] if wrong else 'the gradient is not finite'}, after "
+                f"{PATIENCE} steps in a row without a finite gradient; the last checkpoint is good"
+            )
+
+    def add_row(self) -> dict:
+        """Adds a row to the history: means over the steps since the last one."""
+        names = self.recent[0] if self.recent else {}
+        means = {
+            name: sum(terms[name] for terms in self.recent) / len(self.recent) for name in names
+        }
+        row = {
+            "step": self.step,
+            "images": self.step * self.hp.batch_size,
+            "seconds": round(self.seconds, 1),
+            "beta": round(self.hp.beta_at(self.step - 1), 3),
+            **means,
+            "skipped": self.clip.skipped,
+        }
+        self.history.append(row)
+        self.recent = []
+        return row
+
+    def save(self, path: Path) -> None:
+        """Writes the state: with it, the next step is the one that would have come."""
+        tensors, groups = flatten_optimizer(self.optimizer)
+        for name, module in (("model", self.model), ("average", self.average)):
+            tensors.update({f"{name}.{key}": t for key, t in module.state_dict().items()})
+        tensors["rng"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            for i, state in enumerate(torch.cuda.get_rng_state_all()):
+                tensors[f"rng_cuda.{i}"] = state
+        metadata = {name: getattr(self, name) for name in ("step", "seconds", "history", "recent")}
+        metadata.update(
+            config=self.model.config,
+            settings=self.settings,
+            param_groups=groups,
+            clip=vars(self.clip),
+            began_with=self.began_with,
+            provenance=self.average.module.provenance,
+        )
+        save_state(path, tensors, metadata)
+
+    def load(self, path: Path) -> None:
+        """Restores what save() wrote. The settings are the new ones; a warning names differences.
+
+        Raises:
+            ValueError: there is no readable state, or its run has another architecture.
+        """
+        tensors, metadata = load_state(path)
+        config = json.loads(json.dumps(self.model.config))
+        if metadata["config"] != config:
+            old = metadata["config"]
+            names = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
+            raise InputError(f"{path}: its run has another {', '.join(names)}")
+        changes = [
+            f"{name} = {self.settings.get(name)} instead of {old}"
+            for name, old in metadata["settings"].items()
+            if self.settings.get(name) != old
+        ]
+        if changes:
+            warnings.warn(f"{path}: its run goes on with {', '.join(changes)}", stacklevel=2)
+        for name, module in (("model", self.model), ("average", self.average)):
+            prefix = f"{name}."
+            module.load_state_dict(
+                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            )
+        restore_optimizer(self.optimizer, tensors, metadata["param_groups"])
+        vars(self.clip).update(metadata["clip"])
+        for name in ("step", "seconds", "history", "recent", "began_with"):
+            setattr(self, name, metadata[name])
+        self.average.module.provenance = metadata["provenance"]
+        torch.set_rng_state(tensors["rng"])
+        for i in range(torch.cuda.device_count()):
+            if f"rng_cuda.{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"rng_cuda.{i}"], i)
+
+
+class GradientClipper:
+    """Clips gradients to the running mean of their norm; skips steps with enormous ones.
+
+    A hierarchical VAE's loss has rare, huge gradients, one of which can end a run (Child 2021,
+    section 3.2). A step is skipped if the norm is not finite or 20 times the mean.
+    """
+
+    def __init__(self):
+        self.mean, self.last = 0.0, 0.0
+        self.seen, self.skipped, self.skipped_in_a_row = 0, 0, 0
+
+    @property
+    def last_is_finite(self) -> bool:
+        return math.isfinite(self.last)
+
+    def __call__(self, model: nn.Module) -> bool:
+        """Clips; True if the step should be taken."""
+        limit = self.mean if self.seen else math.inf
+        self.last = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+        self.skipped_in_a_row = 0 if self.last_is_finite else self.skipped_in_a_row + 1
+        if not self.last_is_finite or (self.seen > 300 and self.last > 20 * self.mean):
+            self.skipped += 1
+            if self.last_is_finite:  # norms that stay high are accepted in the end
+                self.mean *= 1.02
+            return False
+        new = 0.98 * self.mean + 0.02 * min(self.last, 2 * self.mean)
+        self.mean = new if self.seen else self.last
+        self.seen += 1
+        return True
+
+
+def ema_with_warmup(decay: float) -> Callable:
+    """For AveragedModel: an exponential moving average whose decay rises to `decay` at first."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], parameters: list[Tensor], n: Tensor) -> None:
+        now = min(decay, (int(n) + 1) / (int(n) + 11))
+        torch._foreach_lerp_(averages, parameters, 1 - now)
+
+    return update
+
+
+@torch.no_grad()
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    for theirs, mine in zip(source.buffers(), target.buffers(), strict=True):
+        mine.copy_(theirs)

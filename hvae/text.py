@@ -1,0 +1,38 @@
+"""Texts as indices into a charset, and back."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvae.validate import InputError
+
+DIGITS = "0123456789"
+UPPERCASE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def encode_text(text: str, charset: str = DIGITS + UPPERCASE) -> Tensor:
+    """The text as indices into the charset, int64 (len(text),).
+
+    Raises:
+        ValueError: naming the first symbol that is not in the charset.
+    """
+    for symbol in text:
+        if symbol not in charset:
+            raise InputError(f"text {text!r}: {symbol!r} is not in the charset {charset!r}")
+    return torch.tensor([charset.index(symbol) for symbol in text], dtype=torch.long)
+
+
+def decode_text(indices: Tensor | Sequence[int], charset: str = DIGITS + UPPERCASE) -> str:
+    """The text of indices (T,) into the charset; undoes encode_text.
+
+    Raises:
+        ValueError: the indices are not one row, or naming the first that is outside the charset.
+    """
+    indices = torch.as_tensor(indices)
+    if indices.dim() != 1:
+        raise InputError(f"expected the indices of one text, (T,), got {tuple(indices.shape)}")
+    for i in indices.tolist():
+        if not 0 <= i < len(charset):
+            raise InputError(f"index {i} is outside the charset's 0..{len(charset) - 1}")
+    return "".join(charset[int(i)] for i in indices.tolist())

@@ -1,0 +1,264 @@
+"""The local context is a true probability: causal, normalised, and drawn from exactly."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import trainer
+from hvae.context import ContextNetwork, is_flat
+from model import HVAE
+from trainer import train, with_context
+
+KINDS = [("logistic", 3), ("logistic", 1), ("bernoulli", 1), ("bernoulli", 2)]
+
+
+def network(likelihood="logistic", channels=3, context=(2, 2), trained=False):
+    """A seeded network in float64; `trained` gives it weights far from their start."""
+    torch.manual_seed(0)
+    net = ContextNetwork(channels, context, 3, likelihood, width=16).double()
+    if trained:
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.7)
+    return net
+
+
+def distribution(likelihood="logistic", channels=3, size=(5, 6), batch=2, **arguments):
+    net = network(likelihood, channels, **arguments)
+    f = torch.randn(batch, net.features, *size, dtype=torch.float64)
+    return net(f)
+
+
+def images(likelihood, *shape):
+    top = 1 if likelihood == "bernoulli" else 255
+    return torch.randint(top + 1, shape).double() / top
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("size, context", [((2, 3), (1, 1)), ((3, 3), (2, 3)), ((1, 4), (1, 2))])
+def test_probabilities_of_all_binary_images_sum_to_one(size, context, trained):
+    pixels = size[0] * size[1]
+    every = torch.tensor(list(product([0.0, 1.0], repeat=pixels)), dtype=torch.float64)
+    p = distribution("bernoulli", 1, size, 1, context=context, trained=trained)
+    f = p.parameters.expand(len(every), -1, -1, -1)
+    log_p = p.network(f).log_prob(every.view(-1, 1, *size))
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_probabilities_of_all_values_of_a_pixel_sum_to_one(channels, trained):
+    """The last pixel's last channel given everything before it; all 256 of its values."""
+    p = distribution("logistic", channels, (3, 4), 1, trained=trained)
+    x = images("logistic", 1, channels, 3, 4).repeat(256, 1, 1, 1)
+    x[:, -1, -1, -1] = torch.arange(256) / 255
+    log_p = p.network(p.parameters.expand(256, -1, -1, -1)).log_prob(x)
+    i = torch.tensor([11])
+    before = [p.network.score_or_draw(*rows(p, x[:1], i))[1][0, :-1].sum()]
+    canvases = p.canvases(x[:1])
+    rest = p.score(canvases, canvases, torch.arange(11)).sum() + sum(before)
+    assert (log_p - rest).exp().sum().item() == pytest.approx(1, abs=1e-7)
+
+
+def rows(p, x, i):
+    """What score_or_draw sees of the pixels i: their windows, features and values."""
+    canvases = p.canvases(x)
+    return p.window(*canvases, i), p.f[i], canvases[0][p.places(i)]
+
+
+def channel_scores(p, x):
+    """log p of every channel of every pixel, (B, H, W, C), as log_prob adds them up."""
+    every = torch.arange(len(p.f))
+    log_p = p.network.score_or_draw(*rows(p, x, every))[1]
+    assert torch.allclose(log_p.view(len(x), -1).sum(1), p.log_prob(x))
+    return log_p.view(len(x), *p.size, -1)
+
+
+@pytest.mark.parametrize("likelihood, channels", KINDS)
+def test_no_pixel_depends_on_a_later_pixel_or_channel(likelihood, channels):
+    """Every pixel and channel is changed in turn: what comes before it keeps its probability."""
+    h, w = 4, 5
+    p = distribution(likelihood, channels, (h, w), 1, trained=True)
+    x = images(likelihood, 1, channels, h, w)
+    before = channel_scores(p, x)
+    for i, j, c in product(range(h), range(w), range(channels)):
+        changed = x.clone()
+        changed[0, c, i, j] = 1 - changed[0, c, i, j]
+        now = channel_scores(p, changed).flatten()
+        first = (i * w + j) * channels + c
+        assert torch.equal(now[:first], before.flatten()[:first])
+        assert now[first] != before.flatten()[first]
+
+
+@pytest.mark.parametrize("context", [(1, 1), (2, 3), (3, 2)])
+def test_a_pixel_sees_its_window_and_nothing_else(context):
+    rows_up, columns = context
+    h, w, (i, j) = 7, 9, (5, 4)
+    p = distribution("bernoulli", 1, (h, w), 1, context=context, trained=True)
+    x = images("bernoulli", 1, 1, h, w)
+    score = channel_scores(p, x)[0, i, j, 0]
+    for a, b in product(range(h), range(w)):
+        if (a, b) == (i, j):
+            continue
+        changed = x.clone()
+        changed[0, 0, a, b] = 1 - changed[0, 0, a, b]
+        inside = i - rows_up <= a < i and abs(b - j) <= columns or a == i and 0 < j - b <= columns
+        assert (channel_scores(p, changed)[0, i, j, 0] != score) == inside
+
+
+@pytest.mark.parametrize("likelihood, channels", KINDS)
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(1, 7), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 9)
+)
+def test_slanted_order_draws_the_image_of_raster_order(likelihood, channels, h, w, r, c, seed):
+    p = distribution(likelihood, channels, (h, w), context=(r, c), trained=True)
+    draws = [p.sample(torch.Generator().manual_seed(seed), raster) for raster in (False, True)]
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("likelihood, channels", KINDS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_draws_are_images(likelihood, channels, trained):
+    p = distribution(likelihood, channels, batch=8, trained=trained)
+    x = p.sample()
+    levels = 1 if likelihood == "bernoulli" else 255
+    assert x.shape == (8, channels, 5, 6) and x.min() >= 0 and x.max() <= 1
+    assert torch.allclose((levels * x).round(), levels * x) and p.log_prob(x).isfinite().all()
+
+
+def test_frequencies_of_binary_draws_are_their_probabilities():
+    n, size = 40_000, (2, 2)
+    p = distribution("bernoulli", 1, size, 1, context=(1, 1), trained=True)
+    many = p.network(p.parameters.expand(n, -1, -1, -1))
+    draws = many.sample(torch.Generator().manual_seed(0)).flatten(1)
+    codes = (draws * torch.tensor([8, 4, 2, 1])).sum(1).long()
+    every = torch.tensor(list(product([0.0, 1.0], repeat=4)), dtype=torch.float64)
+    probability = (
+        p.network(p.parameters.expand(16, -1, -1, -1)).log_prob(every.view(16, 1, 2, 2)).exp()
+    )
+    error = (codes.bincount(minlength=16) / n - probability).abs()
+    assert (error < 4.5 * (probability * (1 - probability) / n).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_frequencies_of_8_bit_draws_are_their_probabilities(trained):
+    """The first pixel of three channels: each channel's draws, given the value of those before."""
+    n = 20_000
+    p = distribution("logistic", 3, (1, 1), 1, trained=trained)
+    many = p.network(p.parameters.expand(n, -1, -1, -1))
+    draws = many.sample(torch.Generator().manual_seed(0))[..., 0, 0]
+    x = torch.zeros(256, 3, 1, 1, dtype=torch.float64)
+    x[:, 0, 0, 0] = torch.arange(256) / 255
+    every = p.network(p.parameters.expand(256, -1, -1, -1))
+    red = channel_scores(every, x)[:, 0, 0, 0].exp()
+    counts = (255 * draws[:, 0]).round().long().bincount(minlength=256)
+    classes = torch.arange(256) // 16  # sixteen values each, so that all are frequent
+    expected = torch.zeros(16, dtype=torch.float64).index_add(0, classes, red)
+    found = torch.zeros(16, dtype=torch.float64).index_add(0, classes, counts.double()) / n
+    assert expected.sum().item() == pytest.approx(1, abs=1e-7)
+    assert ((found - expected).abs() < 4.5 * (expected * (1 - expected) / n).sqrt() + 1e-4).all()
+
+
+def test_estimate_is_unbiased(monkeypatch):
+    monkeypatch.setattr("hvae.context.CORRUPT", 0.0)
+    p = distribution(size=(6, 8), batch=1, trained=True)
+    flat = torch.full((1, 3, 6, 8), 0.5, dtype=torch.float64)
+    x = torch.cat([flat[..., :5], images("logistic", 1, 3, 6, 3)], 3)
+    x = (255 * x).round() / 255
+    assert 0 < is_flat(x).float().mean() < 1
+    with torch.no_grad():
+        many = p.network(p.parameters.expand(4000, -1, -1, -1))
+        estimates = many.estimate(x.expand(4000, -1, -1, -1))
+    error = (estimates.mean() - p.log_prob(x)).abs()
+    assert error < 4.5 * estimates.std() / 4000**0.5
+
+
+@pytest.mark.parametrize("likelihood, channels", KINDS)
+def test_model_with_a_context_trains_and_draws(likelihood, channels, tmp_path):
+    """A trained tiny model: held-out nats fall, draws are images, the file draws the same."""
+    torch.manual_seed(0)
+    x = images(likelihood, 64, channels, 6, 8).float()
+    x[..., 4:] = x[..., :4]  # what the window can learn
+    data = torch.utils.data.TensorDataset(x, torch.zeros(64, 0).long())
+    model = HVAE(
+        [("conv", 8, 2)],
+        [[("res", 8)]],
+        (6, 8),
+        channels,
+        likelihood=likelihood,
+        context=(1, 4),
+        mixtures=2,
+        text_length=None,
+    )
+    few = dict(steps=40, batch_size=16, lr=1e-2, warmup=5, eval_every=20, log_every=20, workers=0)
+    plain = dict(beta_start=1.0, closed_share=0.0, free_nats=0.0)
+    model, history = train(model, data, out=tmp_path, device="cpu", **few, **plain)
+    assert history[-1]["val_neg_elbo"] < history[0]["val_neg_elbo"]
+    draw = lambda m: m.sample(4, generator=torch.Generator().manual_seed(3))
+    drawn = draw(model)
+    assert drawn.shape == (4, channels, 6, 8) and drawn.min() >= 0 and drawn.max() <= 1
+    assert torch.equal(draw(HVAE.load(tmp_path / "hvae.pt")), drawn)
+
+
+def test_context_on_a_checkpoint_keeps_its_latents():
+    torch.manual_seed(0)
+    outer = [("conv", 8, 2), ("res", 8)]
+    config = dict(outer_config=outer, inner_config=[[("res", 8)]], input_size=(6, 8))
+    model = HVAE(**config, text_length=None).eval()
+    changed = with_context(model, (2, 2), 3).eval()
+    x = images("logistic", 3, 3, 6, 8).float()
+    draw = lambda m: m.encode(x, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(draw(model), draw(changed), strict=True))
+    z = draw(model)
+    torch.testing.assert_close(changed.decode(z).image, model.decode(z).image)
+    changed.freeze_latents()
+    changed(x).elbo.sum().backward()
+    trained = {name.split(".")[0] for name, p in changed.named_parameters() if p.grad is not None}
+    assert trained == {"generation", "to_image", "context"}
+    assert changed.generation[1].layers[0].conv1.weight.grad is None
+
+
+@pytest.mark.parametrize("context", [(0, 1), (1,), 3, (1, 1.5), "33", (True, 1)])
+def test_bad_contexts_are_named(context):
+    with pytest.raises(ValueError, match="^context: "):
+        HVAE(likelihood="logistic", context=context)
+
+
+def test_a_density_has_no_context():
+    with pytest.raises(ValueError, match="^context: "):
+        HVAE(likelihood="gaussian", context=(2, 2))
+
+
+def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
+    torch.manual_seed(0)
+    outer = [("conv", 8, 2), ("res", 8)]
+    ladder = HVAE(outer, [[("res", 8)]], (16, 32), text_length=2, charset="AB")
+    ladder.save(tmp_path / "ladder.pt")
+    data = [
+        "--size",
+        "16",
+        "32",
+        "--length",
+        "2",
+        "--charset",
+        "AB",
+        "--images",
+        "16",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    short = ["--steps", "2", "--batch-size", "4", "--eval-every", "2"]
+    config, out = ["--config", "captcha-context"], ["--out", str(tmp_path / "run")]
+    trainer.main([*config, "--init", str(tmp_path / "ladder.pt"), *data, *short, *out])
+    model = HVAE.load(tmp_path / "run" / "hvae.pt")
+    assert model.config["context"] == [3, 3] and model.config["mixtures"] == 6
+    kept = {k: v for k, v in ladder.state_dict().items() if k.startswith(("levels.", "inference."))}
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in kept.items())
+    with pytest.raises(SystemExit):
+        trainer.main([*config, *data, *short, "--out", str(tmp_path / "other")])
+    assert "--init" in capsys.readouterr().err
