@@ -1,24 +1,31 @@
-"""How good are the samples? One table per checkpoint, beside the same figures for real renders.
+"""How good are the samples? Their figures beside those of real renders, in one command.
 
-    python tests/benchmarks/quality.py                                     the shipped checkpoint
-    python tests/benchmarks/quality.py run/hvae-*.pt --curve quality.png   a training run, as a picture
+    python tests/benchmarks/quality.py                            the shipped checkpoint
+    python tests/benchmarks/quality.py run/hvae.pt --temperature 0.8
+    python tests/benchmarks/quality.py run/hvae-*.pt --curve quality.png     a run, as a picture
 
-A reader trained on renders (reader.py; the first call trains it, five minutes on two cores) looks at samples of given
-texts and at renders of the same texts:
-
-    symbols, texts   the share that it reads as asked for
-    Frechet          the distance between Gaussians fitted to its features of samples and of renders (Heusel et al. 2017,
-                     with this reader in place of Inception), beside that between two sets of renders
-    diversity        of images of one text: the mean distance of two of them, in its features and in pixels
-    colours          their standard deviation over images: of the ink (a channel's third percentile) and of the paper
-                     (its median)
+Use: what do the samples teach?
+    CAS          a reader trained on samples reads renders, beside one trained on as many renders
+                 (Classification Accuracy Score, Ravuri & Vinyals 2019)
+    few          readers trained on 500 or 2,000 renders, without and with samples of the model
+Truth: are they the renderer's distribution?
+    C2ST         the accuracy of a classifier that tells samples from renders; 0.5 is the best
+                 (classifier two-sample test, Lopez-Paz & Oquab 2017), with its 95% interval
+    symbols, texts   the share that a reader trained on renders reads as asked for
+    Frechet      distance of Gaussians fitted to its features of samples and of renders (Heusel et
+                 al. 2017, with this reader in place of Inception)
+    diversity    of images of one text: mean distance of two of them, in features and in pixels
+    colours      standard deviation over images: of the ink (a channel's third percentile) and of
+                 the paper (its median)
+    -ELBO        on 512 captchas of the split 'test', and bits/dim where there are any
 """
 
 import argparse
+import math
 import random
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import captcha.image
 import torch
@@ -28,46 +35,68 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from dataset import encode_text, random_stream, render  # noqa: E402
-from generate import CHECKPOINTS, test_images, usual_temperature  # noqa: E402
-from model import HVAE, pick_device  # noqa: E402
-from reader import Reader, load_reader  # noqa: E402
-from trainer import evaluate  # noqa: E402
+from reader import Reader, balanced, fit_reader, load_reader, shuffled
+from tqdm import tqdm
 
-Draw = Callable[[Sequence[str]], Tensor]  # texts -> images (n, 3, H, W) in [0, 1]
+from dataset import encode_text, random_stream, render
+from generate import CHECKPOINTS, test_images
+from hvae.parallel import keep_memory, pick_device
+from model import HVAE
+from trainer import evaluate
+
+Draw = Callable[[Sequence[str], str], Tensor]  # texts, name of the stream -> uint8 (n, 3, H, W)
+FEW = (500, 2000)  # real captchas
 
 
-def renders(split: str) -> Draw:
-    """Draws of the real renderer; every split has a stream of its own."""
+# ---------------------------------------------------------------------------- images
+
+
+def draw_renders(texts: Sequence[str], stream: str) -> Tensor:
+    """Renders of these texts; each name is another stream of randomness."""
     renderer = captcha.image.ImageCaptcha(160, 60)
+    bar = tqdm(texts, f"render {stream}", leave=False, mininterval=1)
+    return torch.stack(
+        [render(renderer, text, random_stream(2, stream, i)) for i, text in enumerate(bar)]
+    )
 
-    def draw(texts: Sequence[str]) -> Tensor:
-        images = [render(renderer, text, random_stream(2, split, i)) for i, text in enumerate(texts)]
-        return torch.stack(images).float() / 255
+
+def samples_of(model: HVAE, temperature: float | Sequence[float]) -> Draw:
+    def draw(texts: Sequence[str], stream: str) -> Tensor:
+        generator = torch.Generator().manual_seed(random_stream(3, stream, 0).getrandbits(62))
+        parts = [list(texts[i : i + 64]) for i in range(0, len(texts), 64)]
+        images = [
+            (255 * model.sample(len(part), part, temperature, generator)).round().byte().cpu()
+            for part in tqdm(parts, f"sample {stream}", leave=False, mininterval=1)
+        ]
+        return torch.cat(images)
 
     return draw
 
 
-def samples(model: HVAE, temperature: Sequence[float], seed: int = 0) -> Draw:
-    generator = torch.Generator().manual_seed(seed)
+def random_texts(n: int, model: HVAE, seed: int) -> list[str]:
+    stream = random.Random(seed)
+    length = model.text_length
+    return ["".join(stream.choice(model.charset) for _ in range(length)) for _ in range(n)]
 
-    def draw(texts: Sequence[str]) -> Tensor:
-        parts = [list(texts[i : i + 50]) for i in range(0, len(texts), 50)]
-        images = torch.cat([model.sample(len(part), part, temperature, generator).cpu() for part in parts])
-        return (255 * images).round() / 255  # as a file would hold them
 
-    return draw
+def labels(texts: Sequence[str], model: HVAE) -> Tensor:
+    return torch.stack([encode_text(text, model.charset) for text in texts])
+
+
+# ---------------------------------------------------------------------------- measures
 
 
 @torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.device) -> Tensor:
-    return torch.cat([function(part.to(device)).cpu() for part in x.split(100)])
+def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """A function of floats in [0, 1], of all images uint8 (n, 3, H, W)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts = [function(part.to(device).float() / 255).cpu() for part in images.split(100)]
+    return torch.cat(parts)
 
 
-def accuracy(reader: Reader, images: Tensor, texts: Sequence[str], charset: str, device: torch.device) -> tuple[float, float]:
-    """(share of symbols, share of whole texts) read as asked for."""
-    y = torch.stack([encode_text(text, charset) for text in texts])
-    right = in_batches(reader, images, device).argmax(2) == y
+def accuracy(reader: Reader, images: Tensor, y: Tensor) -> tuple[float, float]:
+    """(share of symbols, share of texts) read as asked for."""
+    right = in_batches(reader, images).argmax(2) == y
     return right.float().mean().item(), right.all(1).float().mean().item()
 
 
@@ -77,90 +106,152 @@ def frechet(a: Tensor, b: Tensor) -> float:
     A, B = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()  # of the same eigenvalues as A B
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross).item()
 
 
 def diversity(images: Tensor, per_text: int) -> float:
-    """Mean root-mean-square distance between two images (or features) of one text; per_text in a row share one."""
+    """Mean distance of two images (or features) of one text; per_text in a row share one."""
     groups = images.flatten(1).unflatten(0, (-1, per_text))
     distances = [torch.pdist(group).mean() / group.shape[1] ** 0.5 for group in groups]
     return torch.stack(distances).mean().item()
 
 
 def colours(images: Tensor, quantile: float) -> float:
-    """Standard deviation, over images, of a quantile of each channel's pixels."""
-    values = torch.cat([part.flatten(2).quantile(quantile, 2) for part in images.split(100)])
+    """Standard deviation, over images, of a quantile of each channel's pixels, in [0, 1]."""
+    values = in_batches(lambda x: x.flatten(2).quantile(quantile, 2), images)
     return values.std(0).mean().item()
 
 
-def measure(draw: Draw, reader: Reader, texts: Sequence[str], reference: Tensor, charset: str, device: torch.device) -> dict:
-    """The figures of one source of images; `reference` are the features of renders of other texts."""
-    images = draw(texts)
-    symbols, whole = accuracy(reader, images, texts, charset, device)
-    same = draw([text for text in texts[:40] for _ in range(16)])
-    return {"symbols read": symbols, "texts read": whole,
-            "Frechet distance to renders": frechet(in_batches(reader.features, images, device), reference),
-            "diversity of one text, features": diversity(in_batches(reader.features, same, device), 16),
-            "diversity of one text, pixels": diversity(same, 16),
-            "colours of the ink": colours(images, 0.03), "colours of the paper": colours(images, 0.5)}
+def two_sample_test(a: Tensor, b: Tensor, steps: int) -> tuple[float, float]:
+    """Accuracy of a classifier that tells a from b, and half of its 95% interval.
+
+    Trained on the first three quarters of each, tested on the rest.
+    """
+    train, test = zip(*(x.tensor_split([3 * len(x) // 4]) for x in (a, b)), strict=True)
+    parts = [(x, torch.full((len(x), 1), i)) for i, x in enumerate(train)]
+    classifier = fit_reader(balanced(parts), steps, "classifier", rows=1, outputs=2)
+    right = [in_batches(classifier, x).argmax(2) == i for i, x in enumerate(test)]
+    p, n = torch.cat(right).float().mean().item(), sum(map(len, test))
+    return p, 1.96 * math.sqrt(max(p * (1 - p), 1 / n) / n)
 
 
-def random_texts(n: int, length: int, charset: str, seed: int) -> list[str]:
-    stream = random.Random(seed)
-    return ["".join(stream.choice(charset) for _ in range(length)) for _ in range(n)]
+def truth(draw: Draw, reader: Reader, model: HVAE, n: int, reference: Tensor) -> dict[str, float]:
+    """The figures that need no training; `reference` are features of renders of other texts."""
+    texts = random_texts(n, model, seed=0)
+    images = draw(texts, "measure")
+    symbols, whole_texts = accuracy(reader, images, labels(texts, model))
+    same = draw([text for text in texts[:40] for _ in range(16)], "one text")
+    return {
+        "symbols read": symbols,
+        "texts read": whole_texts,
+        "Frechet distance": frechet(in_batches(reader.features, images), reference),
+        "diversity, features": diversity(in_batches(reader.features, same), 16),
+        "diversity, pixels": diversity(same.float() / 255, 16),
+        "colours of the ink": colours(images, 0.03),
+        "colours of the paper": colours(images, 0.5),
+    }
 
 
-def plot_curve(images_seen: Sequence[int], table: Sequence[dict], real: dict, path: str) -> None:
-    """Each figure against images seen, with the renders' own as a dashed line."""
-    names = ["symbols read", "Frechet distance to renders", "diversity of one text, features"]
+def use(draw: Draw, real: Tensor, real_texts: Sequence[str], test, model: HVAE, args) -> dict:
+    """What samples teach a reader, and how well a classifier tells them from renders."""
+    images, y = draw(real_texts, "train"), labels(real_texts, model)
+    read = lambda batches, name: accuracy(fit_reader(batches, args.steps, name), *test)
+    figures = {}
+    figures["CAS symbols"], figures["CAS texts"] = read(shuffled(images, y), "samples")
+    for n in FEW:
+        both = balanced([(real[:n], y[:n]), (images, y)])
+        _, figures[f"texts, {n} renders and samples"] = read(both, f"{n} and samples")
+    other = draw(random_texts(args.n_two, model, seed=4), "two-sample")
+    figures["C2ST"], figures["C2ST +-"] = two_sample_test(
+        other, real[: len(other)], args.steps // 2
+    )
+    return figures
+
+
+def use_of_renders(real: Tensor, real_texts: Sequence[str], test, model: HVAE, args) -> dict:
+    """The same for renders themselves."""
+    y = labels(real_texts, model)
+    read = lambda n, name: accuracy(fit_reader(shuffled(real[:n], y[:n]), args.steps, name), *test)
+    figures = {}
+    figures["CAS symbols"], figures["CAS texts"] = read(len(real), "renders")
+    for n in FEW:
+        _, figures[f"texts, {n} renders"] = read(n, f"{n} renders")
+    return figures
+
+
+# ---------------------------------------------------------------------------- table and curve
+
+
+def print_table(columns: dict[str, dict[str, float]]) -> None:
+    real = columns["renders"]
+    for name, figures in columns.items():
+        print(f"\n{name}")
+        for key, value in figures.items():
+            ratio = f"   {value / real[key]:6.2f} x renders" if real.get(key) else ""
+            print(f"  {key:34s}{value:9.3f}{ratio}")
+
+
+def plot_curve(images_seen: Sequence[int], rows: Sequence[dict], real: dict, path: str) -> None:
+    """Figures against images seen, with the renders' own as a dashed line."""
+    names = ["symbols read", "Frechet distance", "diversity, features"]
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 3), names):
-        axis.plot([images / 1000 for images in images_seen], [row[name] for row in table], "o-", label="samples")
+    for axis, name in zip(figure.subplots(1, 3), names, strict=True):
+        seen = [images / 1000 for images in images_seen]
+        axis.plot(seen, [row[name] for row in rows], "o-", label="samples")
         axis.axhline(real[name], color="black", linestyle="--", label="renders")
-        axis.set(xlabel="thousand images seen", title=name, yscale="log" if "distance" in name else "linear")
+        scale = "log" if "distance" in name else "linear"
+        axis.set(xlabel="thousand images seen", title=name, yscale=scale)
         axis.legend()
     figure.savefig(path, dpi=100)
 
 
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoints", nargs="*", default=[str(CHECKPOINTS["captcha"])])
+    add("--temperature", type=float, nargs="+", default=[1.0], help="one, or one per level")
+    add("--n", type=int, default=2000, help="images of each source, measured")
+    add("--n-train", type=int, default=20_000, help="images that a reader is trained on")
+    add("--n-two", type=int, default=6000, help="images of each kind in the two-sample test")
+    add("--steps", type=int, default=1000, help="of a reader's training, with 64 images each")
+    add("--reader", default="checkpoints/run/reader.pt", help="the ruler; trained if not there")
+    add("--curve", metavar="FILE", help="no training: draw the other figures against images seen")
+    return parser.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoints", nargs="*", default=[str(CHECKPOINTS["captcha"])])
-    parser.add_argument("--temperature", type=float, nargs="+", action="append", metavar="T",
-                        help="one number, or one each from z_1 up; default: as in generate.py; may be given several times")
-    parser.add_argument("--n", type=int, default=2000, help="images of each source")
-    parser.add_argument("--reader", default="checkpoints/run/reader.pt", help="where the reader is, or is written to")
-    parser.add_argument("--minutes", type=float, default=5.0, help="for training the reader, if it is not there")
-    parser.add_argument("--curve", metavar="FILE", help="draw the figures against images seen")
-    parser.add_argument("--device", help="cpu, cuda, ...; CUDA if there is one")
-    args = parser.parse_args()
-    if args.curve and len(args.temperature or []) > 1:
-        parser.error("--curve draws one temperature")
-    device = pick_device(args.device)
-    reader = load_reader(Path(args.reader), args.minutes, device.type)
-    charset, length = HVAE.load(args.checkpoints[0]).charset, reader.shape[0]
-    texts = random_texts(args.n, length, charset, seed=0)
-    reference = in_batches(reader.features, renders("train")(random_texts(args.n, length, charset, seed=1)), device)
-    columns = {"renders": measure(renders("test"), reader, texts, reference, charset, device)}
-    seen = []
-    for path in args.checkpoints:
-        model = HVAE.load(path, device)
-        seen.append(model.provenance.get("images_seen", 0))
-        for temperature in args.temperature or [usual_temperature(model)]:
-            name = f"{path}, T = {' '.join(map(str, temperature))}"
-            columns[name] = measure(samples(model, temperature), reader, texts, reference, charset, device)
-    for name, figures in columns.items():
-        print(f"\n{name}")
-        for key, value in figures.items():
-            print(f"  {key:34s}{value:8.3f}   {value / columns['renders'][key]:6.2f} x renders")
-    if len(args.checkpoints) == 1:
+    args = parse_arguments()
+    keep_memory()
+    device = pick_device()
+    reader = load_reader(Path(args.reader))
+    models = {path: HVAE.load(path, device) for path in args.checkpoints}
+    model = next(iter(models.values()))
+    others = draw_renders(random_texts(args.n, model, seed=1), "reference")
+    reference = in_batches(reader.features, others)
+    columns = {"renders": truth(draw_renders, reader, model, args.n, reference)}
+    if not args.curve:
+        real_texts = random_texts(args.n_train, model, seed=2)
+        real = draw_renders(real_texts, "train")
+        test_texts = random_texts(2 * args.n, model, seed=3)
+        test = draw_renders(test_texts, "test"), labels(test_texts, model)
+        columns["renders"].update(use_of_renders(real, real_texts, test, model, args))
+    for path, model in models.items():
+        draw = samples_of(model, args.temperature)
+        columns[path] = truth(draw, reader, model, args.n, reference)
         metrics = evaluate(model, test_images(model))
-        kl = " ".join(f"{value:.1f}" for value in reversed(metrics["kl"]))
-        print(f"\n-ELBO {-metrics['elbo']:,.1f} nats per image: reconstruction {metrics['reconstruction']:,.1f}, KL from the top {kl}")
+        columns[path]["-ELBO, nats"] = -metrics["elbo"]
         if metrics["bits_per_dim"] is not None:
-            print(f"{metrics['bits_per_dim']:.3f} bits/dim")
+            columns[path]["bits/dim"] = metrics["bits_per_dim"]
+        if not args.curve:
+            columns[path].update(use(draw, real, real_texts, test, model, args))
+    print(f"T = {' '.join(map(str, args.temperature))}")
+    print_table(columns)
     if args.curve:
-        plot_curve(seen, [row for name, row in columns.items() if name != "renders"], columns["renders"], args.curve)
+        seen = [model.provenance.get("images_seen", 0) for model in models.values()]
+        plot_curve(seen, [columns[path] for path in models], columns["renders"], args.curve)
 
 
 if __name__ == "__main__":

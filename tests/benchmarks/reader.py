@@ -1,35 +1,42 @@
-"""A captcha reader: the measure of whether samples can be read. Not part of the model.
+"""The measuring instruments of quality.py: a captcha reader, and a classifier of two samples.
 
-    python tests/benchmarks/reader.py            trains it (about five minutes on two cores), writes reader.pt
+Both are trained for a fixed number of steps, so that a slower machine gives the same figures.
 """
 
-import argparse
 import sys
-import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import CaptchaDataset, make_loader  # noqa: E402
-from trainer import has_bf16  # noqa: E402
+from dataset import CaptchaDataset, make_loader
+from hvae.parallel import has_bf16
+
+BATCH = 64
 
 
 class Reader(nn.Module):
-    """Images (B, 3, 60, 160) in [0, 1] -> the logits of their symbols (B, 4, 36)."""
+    """Images (B, 3, 60, 160) in [0, 1] -> `outputs` rows of logits (B, T, S)."""
 
-    def __init__(self, text_length: int = 4, symbols: int = 36):
+    def __init__(self, rows: int = 4, outputs: int = 36):
         super().__init__()
-        self.shape = (text_length, symbols)
-        conv = lambda c_in, c_out, stride: [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-        self.maps = nn.Sequential(*conv(3, 32, 2), *conv(32, 64, 2), *conv(64, 64, 1), *conv(64, 128, 2), *conv(128, 128, 1))
+        self.shape = (rows, outputs)
+        widths = [(3, 32, 2), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+        layers = []
+        for c_in, c_out, stride in widths:
+            conv = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+            layers += [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
+        self.maps = nn.Sequential(*layers)
         self.columns = nn.Conv2d(128, 64, (8, 1))  # (B, 64, 1, 20)
         self.hidden = nn.Linear(64 * 20, 128)
-        self.heads = nn.Linear(128, text_length * symbols)
+        self.heads = nn.Linear(128, rows * outputs)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 128): what the reader knows of an image before it names the symbols."""
@@ -39,50 +46,57 @@ class Reader(nn.Module):
         return self.heads(self.features(x)).unflatten(1, self.shape)
 
 
-def train_reader(minutes: float = 5.0, batch_size: int = 64, device: str = "cpu", seed: int = 1) -> Reader:
-    """Trains a reader on captchas that no model has seen (another seed), for so many minutes."""
-    torch.manual_seed(seed)
-    reader = Reader().to(device, memory_format=torch.channels_last)
+def fit_reader(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    name: str,
+    rows: int = 4,
+    outputs: int = 36,
+) -> Reader:
+    """Trains a reader on batches (images (B, 3, 60, 160), labels (B, rows)) for so many steps."""
+    torch.manual_seed(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reader = Reader(rows, outputs).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(reader.parameters(), 2e-3, weight_decay=0.01)
-    loader = make_loader(CaptchaDataset(1_000_000, seed=seed), batch_size, workers=1, seed=seed)
-    start, spent = time.monotonic(), 0.0
-    bar = tqdm(loader, desc="reader", unit="step", dynamic_ncols=True, mininterval=1)
+    schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    bar = tqdm(islice(batches, steps), name, steps, dynamic_ncols=True, mininterval=1, leave=False)
     for x, y in bar:
-        spent = (time.monotonic() - start) / (60 * minutes)
-        if spent >= 1:
-            break
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, 20 * spent + 0.01) * (1 - spent)
         x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=has_bf16(torch.device(device))):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             logits = reader(x)
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        correct = (logits.argmax(2) == y).float().mean().item()
-        bar.set_postfix_str(f"{spent:.0%} of the time, symbols read {correct:.2f}", refresh=False)
+        schedule.step()
     return reader.eval()
 
 
-def load_reader(path: Path, minutes: float, device: str) -> Reader:
-    """The reader of a file; trains it and writes the file if there is none."""
+def shuffled(images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of images uint8 (n, 3, H, W), as floats in [0, 1], and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(images), generator=generator)
+        for i in order[: max(BATCH, len(order) // BATCH * BATCH)].split(BATCH):
+            yield images[i].float() / 255, labels[i]
+
+
+def balanced(parts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches, an equal share of each from every part (images, labels)."""
+    streams = [shuffled(*part, seed=i) for i, part in enumerate(parts)]
+    share = BATCH // len(parts)
+    while True:
+        drawn = [next(stream) for stream in streams]
+        yield tuple(torch.cat([items[k][:share] for items in drawn]) for k in (0, 1))
+
+
+def load_reader(path: Path, steps: int = 2500) -> Reader:
+    """The reader of a file; trained on new renders and written there, if there is none."""
     if not path.is_file():
-        reader = train_reader(minutes, device=device)
+        loader = make_loader(CaptchaDataset(steps * BATCH, seed=1), BATCH, workers=1, seed=1)
+        reader = fit_reader(loader, steps, "reader")
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(reader.state_dict(), path)
-    reader = Reader().to(device)
-    reader.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    return reader.eval()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the captcha reader.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", default="checkpoints/run/reader.pt")
-    args = parser.parse_args()
-    load_reader(Path(args.out), args.minutes, args.device)
-
-
-if __name__ == "__main__":
-    main()
+    reader = Reader()
+    reader.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return reader.to("cuda" if torch.cuda.is_available() else "cpu").eval()

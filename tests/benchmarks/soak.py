@@ -1,10 +1,11 @@
-"""Kills a training run at random instants, again and again, and compares its end with that of a run left alone.
+"""Interrupts a training run at random, again and again, and compares its end with an unbroken run.
 
     python tests/benchmarks/soak.py --minutes 60
 
-The command line trains a small model twice. The second run is struck by SIGKILL, SIGTERM or SIGINT, sent to its whole group
-as a terminal or a scheduler does it, at a random time after each start, and started again with --resume. In the end
-weights, averaged weights, optimiser and metrics must be the same, bit for bit (on the CPU).
+The command line trains a small model twice. The second run receives SIGKILL, SIGTERM or SIGINT at
+a random time after each start, sent to its whole group as a terminal or a scheduler does it, and
+is started again with --resume. In the end weights, averaged weights, optimizer and metrics must be
+the same, bit for bit (on the CPU).
 """
 
 import argparse
@@ -15,83 +16,110 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from runs import read_csv, read_state  # noqa: E402
+from hvae.checkpoint import read_csv, read_tensors  # noqa: E402
 
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+OPTIONS = "--size 16 48 --images 4000 --batch-size 8 --device cpu --resume".split()  # noqa: SIM905
 
 
-def start(out: Path, steps: int, evaluate: int) -> subprocess.Popen:
-    command = [sys.executable, "trainer.py", "--size", "16", "48", "--images", "4000", "--batch-size", "8", "--device", "cpu",
-               "--steps", str(steps), "--eval-every", str(evaluate), "--out", str(out), "--resume"]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells turn off in what runs in the background
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, preexec_fn=heed)
+def start(out: Path, steps: int, eval_every: int) -> subprocess.Popen:
+    """A training process that begins a run of so many steps, or goes on with it."""
+    schedule = ["--steps", str(steps), "--eval-every", str(eval_every), "--out", str(out)]
+    return subprocess.Popen(
+        [sys.executable, "trainer.py", *OPTIONS, *schedule],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # shells turn SIGINT off in what runs in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
-def struck(out: Path, steps: int, evaluate: int, longest: float) -> dict[str, int]:
-    """Runs to the end, struck on the way; how often by which signal."""
-    strikes = {number.name: 0 for number in SIGNALS}
+def run_to_the_end(out: Path, steps: int, eval_every: int) -> None:
+    process = start(out, steps, eval_every)
+    _, errors = process.communicate()
+    if process.returncode:
+        sys.exit(f"the run ended with status {process.returncode}:\n{errors[-2000:]}")
+
+
+def run_with_interruptions(out: Path, steps: int, eval_every: int, longest: float) -> Counter:
+    """Runs to the end; returns how often which signal ended the process on the way."""
+    sent = Counter()
     while True:
-        process = start(out, steps, evaluate)
+        process = start(out, steps, eval_every)
         try:
             _, errors = process.communicate(timeout=random.uniform(1, longest))
         except subprocess.TimeoutExpired:
             number = random.choice(SIGNALS)
-            os.killpg(process.pid, number)
-            try:
-                process.communicate(timeout=120)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                sys.exit(f"the run went on for two minutes after {number.name}")
-            strikes[number.name] += 1
+            send(process, number)
+            sent[number.name] += 1
             continue
         if process.returncode:
             sys.exit(f"the run ended with status {process.returncode}:\n{errors[-2000:]}")
-        return strikes
+        return sent
 
 
-def same(a, b) -> bool:
-    """Whether two nested structures of tensors and plain values are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+def send(process: subprocess.Popen, number: signal.Signals) -> None:
+    """Sends a signal to the process and its workers, and waits for their end."""
+    os.killpg(process.pid, number)
+    try:
+        process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        sys.exit(f"the run went on for two minutes after {number.name}")
+
+
+def choose_schedule(folder: Path, minutes: float) -> tuple[int, int]:
+    """(steps, eval_every): a run of about these minutes, a checkpoint every 15 seconds."""
+    seconds = []
+    for steps in (60, 260):
+        begin = time.time()
+        run_to_the_end(folder / f"probe{steps}", steps, steps)
+        seconds.append(time.time() - begin)
+    per_step = max(0.001, (seconds[1] - seconds[0]) / 200)
+    steps, eval_every = max(200, int(60 * minutes / per_step)), max(20, int(15 / per_step))
+    print(f"{steps} steps of {1000 * per_step:.0f} ms, a checkpoint every {eval_every}", flush=True)
+    return steps, eval_every
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Names of all that is not the same, bit for bit, in two folders' runs; times aside."""
+    (tensors, state), (others, other_state) = (read_tensors(p / "state.pt") for p in (one, other))
+    different = sorted(tensors.keys() ^ others.keys())
+    different += [
+        n for n in tensors.keys() & others.keys() if not torch.equal(tensors[n], others[n])
+    ]
+    different += [n for n in ("step", "clip", "param_groups") if state[n] != other_state[n]]
+    rows = [read_csv(out / "metrics.csv") for out in (one, other)]
+    for row in (*rows[0], *rows[1]):
+        row.pop("seconds")
+    return different + ["metrics.csv"] * (rows[0] != rows[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=60, help="about how long the run that is left alone should take")
-    parser.add_argument("--longest", type=float, default=60, help="most seconds between a start and the strike")
+    add = parser.add_argument
+    add("--minutes", type=float, default=60, help="about how long the unbroken run takes")
+    add("--longest", type=float, default=60, help="limit of the seconds from a start to the signal")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        alone, other = Path(folder) / "alone", Path(folder) / "struck"
-        probe = time.time()
-        start(Path(folder) / "probe", 60, 60).communicate()
-        first = time.time() - probe
-        start(Path(folder) / "probe2", 260, 260).communicate()
-        per_step = max(0.001, (time.time() - probe - 2 * first) / 200)
-        steps = max(200, int(60 * args.minutes / per_step))
-        evaluate = max(20, int(15 / per_step))
-        print(f"{steps} steps of {1000 * per_step:.0f} ms, a checkpoint every {evaluate}", flush=True)
-        start(alone, steps, evaluate).communicate()
-        print("left alone: done", flush=True)
-        strikes = struck(other, steps, evaluate, args.longest)
-        states = [read_state(out / "state.pt") for out in (alone, other)]
-        names = ("model", "average", "optimizer", "step", "clip")
-        verdict = {name: same(states[0][name], states[1][name]) for name in names}
-        rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_csv(out / "metrics.csv")] for out in (alone, other)]
-        verdict["metrics.csv"] = rows[0] == rows[1]
-        print(f"strikes: {strikes}; the same in the end: {verdict}")
-        sys.exit(0 if all(verdict.values()) else 1)
+        schedule = choose_schedule(Path(folder), args.minutes)
+        unbroken, interrupted = Path(folder) / "unbroken", Path(folder) / "interrupted"
+        run_to_the_end(unbroken, *schedule)
+        print("the unbroken run is done", flush=True)
+        sent = run_with_interruptions(interrupted, *schedule, args.longest)
+        different = differences(unbroken, interrupted)
+        print(f"signals: {dict(sent)}; different in the end: {different or 'nothing'}")
+        sys.exit(1 if different else 0)
 
 
 if __name__ == "__main__":
