@@ -16,6 +16,7 @@ import operator
 import os
 import random
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -31,12 +32,11 @@ from PIL import Image, ImageFont, features
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import datasets
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from hvae.cache import FileCache, MemoryCache
-from hvae.checkpoint import atomic_write
 from hvae.cli import make_parser, one_line_errors, path_argument
+from hvae.pictures import write_image
 from hvae.text import DIGITS, UPPERCASE, decode_text, encode_text
 from hvae.validate import (
     InputError,
@@ -137,7 +137,7 @@ class CaptchaDataset(Dataset):
     cache: str | Path | None = None
 
     def __post_init__(self):
-        validate_int("size", self.size, 0)
+        validate_int("size", self.size, 0, sys.maxsize)
         validate_choice("split", self.split, SPLITS)
         validate_image_size("image_size", self.image_size, MIN_SIDE)
         validate_int("text_length", self.text_length, 1)
@@ -486,20 +486,14 @@ def export(dataset: CaptchaDataset, folder: str | Path) -> None:
     for i in tqdm(range(len(dataset)), desc=str(folder), unit="image"):
         image, label = dataset[i]
         name = f"{decode_text(label, dataset.charset)}_{i:06d}.png"
-        with atomic_write(folder / name) as temporary:
-            save_image(image, temporary)
+        write_image(image, folder / name)
 
 
 def write_sheet(dataset: Dataset, path: str | Path) -> None:
     """Writes all images of a dataset into one picture, four in a row."""
     if len(dataset) * math.prod(dataset.image_size) > MAX_SHEET_PIXELS:
         raise InputError(f"--n: {len(dataset)} images are too many for one sheet; try --export")
-    images = torch.stack([image for image, _ in dataset])
-    with atomic_write(path) as temporary:
-        try:
-            save_image(images, temporary, nrow=4, pad_value=1)
-        except (ValueError, OverflowError) as error:  # an unknown extension, too large for a GIF
-            raise InputError(f"{path}: {error}") from error
+    write_image(torch.stack([image for image, _ in dataset]), path, nrow=4, pad_value=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,23 +9,21 @@ The plot functions return matplotlib figures, for notebooks; `path` also writes 
 
 import argparse
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text
-from hvae.checkpoint import atomic_write
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian
 from hvae.parallel import keep_memory, pick_device
+from hvae.pictures import picture_format, write_figure, write_image
 from hvae.validate import InputError, per_level, validate_int
 from model import HVAE
 
@@ -161,35 +159,7 @@ def columns_for(model: HVAE) -> int:
     return max(1, min(16, 640 // model.input_shape[2]))
 
 
-def picture_format(path: Path) -> str:
-    """The format that a file's extension names."""
-    name = Image.registered_extensions().get(path.suffix.lower())
-    if name not in Image.SAVE:
-        raise InputError(f"{path}: {path.suffix!r} is not the extension of a picture, such as .png")
-    return name
-
-
-def write_image(image: Tensor, path: Path) -> None:
-    content = BytesIO()
-    save_image(image, content, format=picture_format(path))
-    write_bytes(path, content)
-
-
-def write_bytes(path: str | Path, content: BytesIO) -> None:
-    """Writes a picture. Pillow itself does not notice that a disk is full, of a JPEG."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content.getvalue())
-
-
 # ---------------------------------------------------------------------------- figures
-
-
-def write_figure(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        content = BytesIO()
-        figure.savefig(content, format=Path(path).suffix[1:], dpi=100)
-        write_bytes(path, content)
-    return figure
 
 
 def plot_rows(

@@ -36,12 +36,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm, trange
 
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
-from generate import sample_sheet, save_figures, test_images, write_image
+from generate import sample_sheet, save_figures, test_images
 from hvae import parallel
-from hvae.checkpoint import atomic_write, has_state, locked, write_csv
+from hvae.checkpoint import has_state, locked, write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
+from hvae.pictures import write_figure, write_image
 from hvae.run import Run, copy_buffers
 from hvae.validate import InputError, per_level, validate_int, validate_number
 from model import CONFIGS, HVAE, ELBOTerms, Level
@@ -388,8 +389,7 @@ def write_checkpoint(run: Run, val_set: Dataset, out: Path, keep: bool) -> None:
     )
     model.provenance = provenance(run, metrics)
     write_csv(out / "metrics.csv", run.history)
-    with atomic_write(out / "loss.png") as path:
-        plot_history(run.history, path)
+    plot_history(run.history, out / "loss.png")
     write_image(sample_sheet(model, 32, seed=hp.seed), out / "samples.png")
     model.save(out / "hvae.pt")
     if keep:
@@ -473,9 +473,7 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Fig
             curve(right, history, key, label=f"z_{key[3:]}", linewidth=1)
     right.set(xlabel="thousand images seen", ylabel="KL (nats per image)", yscale="log")
     right.legend(ncols=2)
-    if path is not None:
-        figure.savefig(path, dpi=100)
-    return figure
+    return write_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------- second stages

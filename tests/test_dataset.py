@@ -469,14 +469,15 @@ def test_bad_input_is_one_line_and_status_2(arguments, named, capsys, tmp_path, 
 
 @pytest.mark.parametrize("option", ["--out", "--export"])
 def test_an_interrupted_picture_leaves_nothing_behind(option, tmp_path, monkeypatch, capsys):
-    def interrupted(images, path, **options):
-        Path(path).write_bytes(b"the first half")
+    def interrupted(path, content):
+        with open(path, "wb") as file:
+            file.write(content[: len(content) // 2])
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
     Path("old").mkdir()
     Path("old/A.png").write_bytes(b"an earlier picture")
-    monkeypatch.setattr("dataset.save_image", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     with pytest.raises(SystemExit) as stop:
         main([option, "old/A.png" if option == "--out" else "old"])
     assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err

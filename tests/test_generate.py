@@ -447,7 +447,7 @@ def test_interruption_is_one_line(conditional, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "save_image", interrupt)
+    monkeypatch.setattr("hvae.pictures.save_image", interrupt)
     with pytest.raises(SystemExit) as stop:
         run(conditional, "--n", 1)
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"

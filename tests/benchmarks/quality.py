@@ -216,7 +216,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--n", type=int, default=2000, help="images of each source, measured")
     add("--n-train", type=int, default=20_000, help="images that a reader is trained on")
     add("--n-two", type=int, default=6000, help="images of each kind in the two-sample test")
-    add("--steps", type=int, default=1000, help="of a reader's training, with 64 images each")
+    add("--steps", type=int, default=800, help="of a reader's training, with 64 images each")
     add("--reader", default="checkpoints/run/reader.pt", help="the ruler; trained if not there")
     add("--curve", metavar="FILE", help="no training: draw the other figures against images seen")
     return parser.parse_args()

@@ -1,0 +1,50 @@
+"""Pictures as files: encoded in memory first, because Pillow hides write errors of JPEG files."""
+
+from io import BytesIO
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import save_image
+
+from hvae.checkpoint import atomic_write
+from hvae.validate import InputError
+
+
+def write_image(image: Tensor, path: str | Path, **grid) -> None:
+    """Writes an image (C, H, W) in [0, 1], or several (n, C, H, W) as a grid, see make_grid.
+
+    Raises:
+        ValueError: the file's extension is not that of a picture, or cannot hold the image.
+        OSError: naming the file that could not be written.
+    """
+    content, kind = BytesIO(), picture_format(path)
+    try:
+        save_image(image, content, format=kind, **grid)
+    except (ValueError, OverflowError) as error:  # such as a GIF of more than 65,535 rows
+        raise InputError(f"{path}: {error}") from error
+    write_bytes(path, content)
+
+
+def write_figure(figure: Figure, path: str | Path | None) -> Figure:
+    """Writes a figure if there is a path; returns it."""
+    if path is not None:
+        content = BytesIO()
+        figure.savefig(content, format=Path(path).suffix[1:], dpi=100)
+        write_bytes(path, content)
+    return figure
+
+
+def picture_format(path: str | Path) -> str:
+    """The format that a file's extension names."""
+    suffix = Path(path).suffix
+    name = Image.registered_extensions().get(suffix.lower())
+    if name not in Image.SAVE:
+        raise InputError(f"{path}: {suffix!r} is not the extension of a picture, such as .png")
+    return name
+
+
+def write_bytes(path: str | Path, content: BytesIO) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getvalue())
