@@ -4,7 +4,8 @@
     python generate.py --text 7KQ2 --n 8                the same text eight times
     python generate.py --individual out/ --n 100        one file per image, named by its text
 
-The plot functions return matplotlib figures, for notebooks; `path` also writes them to a file.
+The sampling itself is HVAE.sample in model.py, and hvae/context.py for pixels one by one. The plot
+functions return matplotlib figures, for notebooks; `path` also writes them to a file.
 """
 
 import argparse

@@ -184,7 +184,7 @@ def train(
 
     The folder `out` receives hvae.pt (the averaged model), metrics.csv (the history), loss.png,
     samples.png, and state.pt, from which `resume=True` goes on as if there had been no
-    interruption. Ctrl-C and SIGTERM save the state first.
+    interruption (Run.load in hvae/run.py). Ctrl-C and SIGTERM save the state first.
 
     Args:
         model: None is HVAE() for the data's images and texts.
