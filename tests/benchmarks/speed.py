@@ -46,7 +46,7 @@ def step_of(model: HVAE, device: torch.device, batch_size: int) -> Callable[[], 
     """A training step as train() takes it, on the same images each time."""
     hp = Hyperparameters(batch_size=batch_size)
     hp.fit_to(model)
-    run = Run(model, hp, device, has_bf16(device), description="")
+    run = Run(model, hp, device, has_bf16(device), description="", images=batch_size)
     data = CaptchaDataset(batch_size, image_size=model.input_shape[1:])
     x, y = (torch.stack(column) for column in zip(*data, strict=True))
     return lambda: training_step(run, x, y)  # its .tolist() waits for the device
