@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # tiny models; more threads wait for each other on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 multiprocessing.set_forkserver_preload(["trainer"])  # its processes start without the imports
 
 

@@ -83,7 +83,7 @@ def wait_for_step(out, process, step):
         try:
             if saved_step(out) >= step:
                 return
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError, RuntimeError):  # replaced while it is read
             pass
         time.sleep(0.005)
 
