@@ -100,11 +100,12 @@ class ELBOTerms(NamedTuple):
 
 
 class LevelTerms(NamedTuple):
-    """One level, inferred: posterior, prior, a draw from the posterior, and KL(q || p) (B,)."""
+    """One level, inferred: posterior, prior, a draw z from q, log p(z) and KL(q || p), (B,)."""
 
     q: DiagonalGaussian
     p: DiagonalGaussian | FlowPrior
     z: Tensor
+    log_p: Tensor
     kl: Tensor
 
 
@@ -346,7 +347,7 @@ class HVAE(nn.Module):
         score = p_x.estimate if self.training and self.context else p_x.log_prob
         log_p_x = score(repeat(x.float(), draws))
         with torch.autocast(x.device.type, enabled=False):
-            log_p_z = sum(level.p.log_prob(level.z) for level in levels)
+            log_p_z = sum(level.log_p for level in levels)
             log_q_z = sum(level.q.log_prob(level.z) for level in levels)
         kl = torch.stack([level.kl for level in levels], dim=1)
         log_weight = log_p_x + log_p_z - log_q_z
@@ -384,7 +385,8 @@ class HVAE(nn.Module):
                 q, z = qs[l], zs[l]
             if closed is not None and isinstance(p, DiagonalGaussian):
                 q, z = use_prior_mean(q, p, z, closed > l)
-            terms.insert(0, LevelTerms(q, p, z, self.kl(l, q, p, z)))
+            log_p = p.log_prob(z)
+            terms.insert(0, LevelTerms(q, p, z, log_p, self.kl(l, q, p, log_p)))
             h = self.descend(l, h, z, y)
         return self.p_x(h), terms
 
@@ -409,7 +411,9 @@ class HVAE(nn.Module):
                 h = self.inference[l + 1](self.stems[l](zs[l]))
         return qs, zs
 
-    def kl(self, l: int, q: DiagonalGaussian, p: DiagonalGaussian | FlowPrior, z: Tensor) -> Tensor:
+    def kl(
+        self, l: int, q: DiagonalGaussian, p: DiagonalGaussian | FlowPrior, log_p: Tensor
+    ) -> Tensor:
         """The KL term of a level, (B,) nats: in closed form, or as -H(q) - log p(z_l).
 
         In the chain p(z_l|z_{l+1}) depends on z_l itself, because z_{l+1} was drawn from it. The
@@ -418,7 +422,7 @@ class HVAE(nn.Module):
         """
         if isinstance(p, DiagonalGaussian) and (self.top_down or l + 1 == len(self.levels)):
             return kl_divergence(q, p)
-        return -q.entropy() - p.log_prob(z)
+        return -q.entropy() - log_p
 
     # ------------------------------------------------------------------------ generation
 

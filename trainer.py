@@ -606,10 +606,12 @@ def evaluate(
                     for first in range(0, importance_samples, draws)
                 ]
             log_weights = torch.cat([t.log_weight.view(len(x), -1) for t in terms], 1)
-            rows.append(torch.cat([terms_per_image(t, len(x)) for t in terms], 1).mean(1).cpu())
+            rows.append(
+                torch.cat([terms_per_image(t, len(x)) for t in terms], 1).cpu().double().mean(1)
+            )
             bounds.append(importance_bounds(log_weights.cpu().double()))
     model.train(was_training)
-    elbo, reconstruction, *kl = torch.cat(rows).double().mean(0).tolist()
+    elbo, reconstruction, *kl = torch.cat(rows).mean(0).tolist()
     bounds = {k: torch.cat([b[k] for b in bounds]).mean().item() for k in bounds[0]}
     log_likelihood = bounds[importance_samples]
     is_8_bit = model.config["likelihood"] == "logistic"

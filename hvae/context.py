@@ -238,8 +238,11 @@ class Pixels:
     def canvases(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Canvases of x in levels, and of its extremes above and to the left of each pixel."""
         x = (self.levels * x).round()
+        canvas = self.canvas(x, self.outside)
+        if self.network.binary:  # which has no use for the extremes
+            return canvas, canvas, canvas
         low, high = x.cummin(2).values.cummin(3).values, x.cummax(2).values.cummax(3).values
-        return self.canvas(x, self.outside), self.canvas(low, 255), self.canvas(high, 0)
+        return canvas, self.canvas(low, 255), self.canvas(high, 0)
 
     def canvas(self, x: Tensor, outside: int) -> Tensor:
         """Values of images, row by row with margins, (B * (rows + H) * pitch, C)."""
@@ -303,6 +306,8 @@ class Pixels:
             window = self.window(canvas, low, high, i)
             x, _ = self.network.score_or_draw(window, f, None, noise[i])
             canvas[places] = x
+            if self.network.binary:
+                continue
             left, up = places - 1, places - self.pitch
             low[places] = torch.minimum(x, torch.minimum(low[left], low[up]))
             high[places] = torch.maximum(x, torch.maximum(high[left], high[up]))

@@ -218,7 +218,7 @@ def test_top_kl_is_that_to_the_flow(inference):
     torch.manual_seed(1)
     terms = model(x)
     torch.manual_seed(1)
-    q, _, z, _ = model.infer(x)[1][-1]
+    q, _, z, *_ = model.infer(x)[1][-1]
     normal = torch.distributions.Normal(q.mu, (0.5 * q.logvar).exp())
     u, log_det = flow(z)
     log_p = torch.distributions.Normal(0, 1).log_prob(u).sum(1) + log_det

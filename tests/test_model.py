@@ -160,7 +160,7 @@ def test_mean_log_weight_is_the_elbo(inference, inner):
     """The closed-form KLs are the means of log q - log p, level by level and together."""
     model = lively(tiny(inference, inner_config=inner))
     _, levels = model.infer(one_image(model, 4000))
-    for q, p, z, kl in levels:
+    for q, p, z, _, kl in levels:
         assert within_four_standard_errors(q.log_prob(z) - p.log_prob(z) - kl)
         torch.testing.assert_close(kl, kl_divergence(q, p))
     terms = model(one_image(model, 4000))
@@ -339,7 +339,7 @@ def test_bottom_up_gradient_reaches_x_through_z_1_alone():
     q = model.infer(x)[1][1].q
     assert torch.autograd.grad(q.mu.sum(), x)[0].abs().max() > 0
     model.stems[0].register_forward_pre_hook(lambda module, arguments: (arguments[0].detach(),))
-    q, _, z, _ = model.infer(x)[1][1]
+    q, _, z, *_ = model.infer(x)[1][1]
     log_q = q.log_prob(z.detach()).sum()
     assert torch.autograd.grad(log_q, x, allow_unused=True)[0] is None
 

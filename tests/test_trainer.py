@@ -563,7 +563,7 @@ def loss_by_hand(model, x, y, beta, free_nats, closed):
     reconstruction = -p_x.log_prob(x)
     normal = lambda n: torch.distributions.Normal(n.mu, (0.5 * n.logvar).exp())
     loss, neg_elbo = reconstruction.mean(), reconstruction[closed == 0].mean()
-    for l, (q, p, z, _) in enumerate(levels):
+    for l, (q, p, z, *_) in enumerate(levels):
         if model.top_down or l + 1 == len(model.levels):
             kl = torch.distributions.kl_divergence(normal(q), normal(p))
         else:
@@ -652,7 +652,7 @@ def test_closed_levels_by_default(levels, closed):
 def test_closed_level_takes_the_priors_mean():
     model, x, closed = tiny().eval(), bar_batch(4), torch.tensor([0, 1, 2, 0])
     _, levels = model.infer(x, None, closed)
-    for l, (q, p, z, _) in enumerate(levels):
+    for l, (q, p, z, *_) in enumerate(levels):
         of = closed > l
         assert torch.equal(z[of], p.mu[of]) and torch.equal(q.mu[of], p.mu[of])
         assert not torch.isclose(z[~of], p.mu[~of]).all()
