@@ -946,14 +946,15 @@ def test_malicious_file_runs_nothing(write, path, tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_kept_memory_is_not_asked_for_again():
-    """Twenty tensors of 40 MB, one by one: without it, each takes thousands of new pages."""
+    """Tensors of 40 MB, one by one: without it, each takes thousands of new pages."""
     code = """if True:
         import resource, sys, torch
         from hvae.parallel import keep_memory
         faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         if sys.argv[1] == "keep":
             keep_memory()
-        torch.ones(10_000_000)
+        for _ in range(20):  # until the heap has grown around what the interpreter allocates
+            torch.ones(10_000_000)
         before = faults()
         for _ in range(20):
             torch.ones(10_000_000)
