@@ -37,6 +37,7 @@ from hvae.distributions import (
     logits,
 )
 from hvae.parallel import has_bf16, pick_device
+from hvae.prior import WindowNetwork, WindowPrior
 from hvae.text import DIGITS, UPPERCASE, encode_text
 from hvae.validate import (
     InputError,
@@ -85,6 +86,7 @@ CONFIGS = {
 
 MAX_LATENT = 2**16  # channels of a latent
 
+Prior = DiagonalGaussian | FlowPrior | WindowPrior
 ImageDistribution = Bernoulli | Gaussian | Logistic | Pixels
 LIKELIHOODS = {"bernoulli": Bernoulli, "gaussian": Gaussian, "logistic": Logistic}
 
@@ -103,7 +105,7 @@ class LevelTerms(NamedTuple):
     """One level, inferred: posterior, prior, a draw z from q, log p(z) and KL(q || p), (B,)."""
 
     q: DiagonalGaussian
-    p: DiagonalGaussian | FlowPrior
+    p: Prior
     z: Tensor
     log_p: Tensor
     kl: Tensor
@@ -143,13 +145,14 @@ class Level(nn.Module):
         self.top_down = top_down
         self.p = None if top else Head(c_h, c_h, c_z, size, logvar=0.0)
         self.flow: Flow | None = None  # of the top level, see HVAE
+        self.window: WindowNetwork | None = None  # of a map below the top
         # at the start z must exceed its sampling noise, or the decoder learns to ignore it
         self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0, scale=3.0)
         self.from_z = project(c_z, c_out, size)
         if top_down:
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
 
-    def prior(self, h: Tensor) -> DiagonalGaussian | FlowPrior:
+    def prior(self, h: Tensor) -> Prior:
         """p(z_l | z_{l+1..L}); p(z_L) takes only the number of images from h."""
         if self.p is None:
             zeros = torch.zeros(len(h), *self.shape, device=h.device)
@@ -157,20 +160,21 @@ class Level(nn.Module):
             return standard if self.flow is None else FlowPrior(standard, self.flow)
         p = self.p(h)
         # a variance from e^-2 to e^2: with a smaller one, KLs can explode
-        return DiagonalGaussian(p.mu, 2 * torch.tanh(p.logvar / 2))
+        p = DiagonalGaussian(p.mu, 2 * torch.tanh(p.logvar / 2))
+        return p if self.window is None else WindowPrior(p, self.window, h)
 
-    def posterior(self, d: Tensor, h: Tensor, p: DiagonalGaussian | FlowPrior) -> DiagonalGaussian:
+    def posterior(self, d: Tensor, h: Tensor, p: Prior) -> DiagonalGaussian:
         """q(z_l | z_{l+1..L}, x): what d and h say about z_l, times the prior, normalised.
 
         The ladder's precision-weighted product of two Gaussians (Sonderby et al. 2016, eq. 17-18):
         the features act as a noisy observation of z_l. So the prior's mean has a direct gradient
-        towards the data's. Of a flow, its base N(0, I) takes the prior's place.
+        towards the data's. Of a flow or a window, the base takes the prior's place.
         """
-        p = p.base if isinstance(p, FlowPrior) else p
-        evidence = self.q(torch.cat([d, h], dim=1))
-        weight = torch.sigmoid(p.logvar - evidence.logvar)  # the evidence's share of the precision
-        logvar = evidence.logvar + F.logsigmoid(p.logvar - evidence.logvar)
-        return DiagonalGaussian(p.mu + weight * (evidence.mu - p.mu), logvar)
+        base, evidence = p.base, self.q(torch.cat([d, h], dim=1))
+        gap = base.logvar - evidence.logvar
+        weight = torch.sigmoid(gap)  # the evidence's share of the precision
+        mu = base.mu + weight * (evidence.mu - base.mu)
+        return DiagonalGaussian(mu, evidence.logvar + F.logsigmoid(gap))
 
     def merge(self, h: Tensor, z: Tensor) -> Tensor:
         """z as features, plus those from above if top-down: (B, c_out, *size)."""
@@ -222,6 +226,9 @@ class HVAE(nn.Module):
         mixtures: components of the logistic.
         context: (rows, columns) of earlier pixels that p(x_i | z) sees as well, for the bernoulli
             and the logistic: see hvae/context.py. None: pixels are independent given z.
+        prior_context: (rows, columns) of earlier positions that the prior of a latent map sees as
+            well, for every map below z_L: see hvae/prior.py. None: positions are independent
+            given the levels above.
         flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector;
             0 keeps N(0, I). None is 24 for such a top of a ladder, otherwise 0.
         text_length, charset: condition on texts of that length; None is the unconditional model.
@@ -242,6 +249,7 @@ class HVAE(nn.Module):
         sigma: float | None = 0.4,
         mixtures: int = 1,
         context: tuple[int, int] | None = None,
+        prior_context: tuple[int, int] | None = None,
         flow: int | None = None,
         text_length: int | None = 4,
         charset: str = DIGITS + UPPERCASE,
@@ -276,6 +284,8 @@ class HVAE(nn.Module):
             c_out = down[l][0].c_in if down[l] else widths[l]
             shape = (c_z[l], *sizes[l])
             self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down))
+            if prior_context is not None and sizes[l] and not top:
+                self.levels[l].window = WindowNetwork(c_z[l], c_h, prior_context)
         if flow:
             self.levels[-1].flow = Flow(c_z[-1], flow)
         if self.top_down:  # generation's first features
@@ -383,8 +393,8 @@ class HVAE(nn.Module):
                 z = q.sample(generator=generator)
             else:
                 q, z = qs[l], zs[l]
-            if closed is not None and isinstance(p, DiagonalGaussian):
-                q, z = use_prior_mean(q, p, z, closed > l)
+            if closed is not None:
+                q, z = use_prior_mean(q, p.base, z, closed > l)
             log_p = p.log_prob(z)
             terms.insert(0, LevelTerms(q, p, z, log_p, self.kl(l, q, p, log_p)))
             h = self.descend(l, h, z, y)
@@ -411,14 +421,12 @@ class HVAE(nn.Module):
                 h = self.inference[l + 1](self.stems[l](zs[l]))
         return qs, zs
 
-    def kl(
-        self, l: int, q: DiagonalGaussian, p: DiagonalGaussian | FlowPrior, log_p: Tensor
-    ) -> Tensor:
+    def kl(self, l: int, q: DiagonalGaussian, p: Prior, log_p: Tensor) -> Tensor:
         """The KL term of a level, (B,) nats: in closed form, or as -H(q) - log p(z_l).
 
         In the chain p(z_l|z_{l+1}) depends on z_l itself, because z_{l+1} was drawn from it. The
         closed form would take the two for independent. log p at the z_l drawn is unbiased, if
-        noisier. A flow has no closed form either.
+        noisier. A flow and a window have no closed form either.
         """
         if isinstance(p, DiagonalGaussian) and (self.top_down or l + 1 == len(self.levels)):
             return kl_divergence(q, p)
@@ -741,13 +749,13 @@ def validate_arguments(**arguments) -> None:
     validate_int("mixtures", arguments["mixtures"], 1, 1000)
     validate_choice("inference", arguments["inference"], ("top-down", "bottom-up"))
     validate_choice("likelihood", arguments["likelihood"], tuple(LIKELIHOODS))
-    context = arguments["context"]
-    if context is not None:
-        pair = isinstance(context, (tuple, list)) and len(context) == 2
-        if not pair or not all(is_int(n, 1) for n in context):
-            raise InputError(f"context: expected (rows, columns), both >= 1, got {context!r}")
-        if arguments["likelihood"] == "gaussian":
-            raise InputError("context: expected the likelihood 'bernoulli' or 'logistic'")
+    for name in ("context", "prior_context"):
+        window = arguments[name]
+        pair = isinstance(window, (tuple, list)) and len(window) == 2
+        if window is not None and not (pair and all(is_int(n, 1) for n in window)):
+            raise InputError(f"{name}: expected (rows, columns), both >= 1, got {window!r}")
+    if arguments["context"] is not None and arguments["likelihood"] == "gaussian":
+        raise InputError("context: expected the likelihood 'bernoulli' or 'logistic'")
     if sigma is not None and not (isinstance(sigma, Real) and 0 < sigma < 1e30):
         raise InputError(f"sigma: expected a positive number or None, got {sigma!r}")
     if arguments["text_length"] is not None:

@@ -27,6 +27,11 @@ class DiagonalGaussian(NamedTuple):
     mu: Tensor
     logvar: Tensor
 
+    @property
+    def base(self) -> "DiagonalGaussian":
+        """Itself; of a prior of another form, the Gaussian that it starts from."""
+        return self
+
     def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """mu + temperature * sigma * eps; the generator may live on another device."""
         device = generator.device if generator else self.mu.device
