@@ -3,12 +3,14 @@
 CaptchaDataset renders CAPTCHAs on the fly, CaptchaFolder reads them from disk, and MNIST holds
 handwritten digits. Every item is a pair (image, label):
 
-    image   float32 (3, H, W) in [0, 1]; (1, 28, 28) for MNIST
+    image   float32 (3, H, W) in [0, 1]; (1, H, W) for grey folders and MNIST
     label   int64 (T,), the text as indices into the charset
 
 `python dataset.py` writes a sheet of rendered CAPTCHAs to captchas.png; --help lists the options.
 """
 
+import copy
+import csv
 import hashlib
 import json
 import math
@@ -28,7 +30,7 @@ import captcha.image
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageFont, features
+from PIL import Image, ImageFont, ImageOps, features
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import datasets
@@ -48,6 +50,7 @@ from hvae.validate import (
 )
 
 SPLITS = ("train", "val", "test")
+SPLITS_BY_HASH = ("val", "test", "train")  # of a folder, in the order of its files' hashes
 MIN_SIDE = 8  # pixels of a rendered image; below, symbols cannot be told apart
 MAX_SHEET_PIXELS = 10**8  # a sheet is held in memory
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs a program
@@ -97,8 +100,10 @@ def render(renderer: captcha.image.ImageCaptcha, text: str, stream: random.Rando
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """An RGB or grey image as uint8 (C, H, W)."""
+    return (
+        torch.from_numpy(np.array(image)).view(*image.size[::-1], -1).permute(2, 0, 1).contiguous()
+    )
 
 
 @dataclass(eq=False)
@@ -163,7 +168,7 @@ class CaptchaDataset(Dataset):
             "image_size": [height, width],
             "text_length": self.text_length,
             "charset": self.charset,
-            "fonts": [Path(font).name for font in self.fonts] if self.fonts else None,
+            "fonts": [str(Path(font).resolve()) for font in self.fonts] if self.fonts else None,
             "font_sizes": list(self.font_sizes) if self.font_sizes else None,
         }
         self.cached: MemoryCache | FileCache | None = None
@@ -236,9 +241,10 @@ def validate_path(name: str, path: str | Path) -> None:
 class CaptchaFolder(Dataset):
     """The images under a folder, at any depth, in the order of their paths, without hidden files.
 
-    The text of an image is its file's name up to the first '_', '-', '.' or space: A7KQ.png and
-    A7KQ_0012.jpg both show A7KQ. It is upper-cased if the charset has no lower-case letters. Any
-    kind of image becomes RGB, with transparency on white.
+    The text of an image stands in the folder's labels.csv (columns name and text), or else it is
+    the file's name up to the first '_', '-', '.' or space: A7KQ.png and A7KQ_0012.jpg both show
+    A7KQ. It is upper-cased if the charset has no lower-case letters. Transparency becomes white,
+    and photographs are turned as their EXIF orientation says.
 
     Every file is read once at the start, so that a damaged one does not end a training run later.
 
@@ -248,6 +254,9 @@ class CaptchaFolder(Dataset):
         text_length: of the texts; None reads no texts, and the labels are empty, (0,).
         charset: of the texts; None is the digits and the upper-case letters.
         skip_bad: leave out files that would raise, with a warning each, and list them in `skipped`.
+        channels: 3 (RGB) or 1 (grey); None is 1 if all files are grey.
+        split: 'train', 'val' or 'test': four fifths and two tenths, by a hash of a file's content,
+            so that a new file moves no other. None is all of them.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -262,6 +271,8 @@ class CaptchaFolder(Dataset):
         text_length: int | None = None,
         charset: str | None = None,
         skip_bad: bool = False,
+        channels: int | None = None,
+        split: str | None = None,
     ):
         self.charset = DIGITS + UPPERCASE if charset is None else charset
         validate_path("root", root)
@@ -270,10 +281,14 @@ class CaptchaFolder(Dataset):
             validate_image_size("image_size", image_size)
         if text_length is not None:
             validate_int("text_length", text_length, 1)
-        self.text_length = text_length
+        validate_choice("channels", channels, (None, 1, 3))
+        validate_choice("split", split, (None, *SPLITS))
+        self.root, self.text_length, self.split = Path(root), text_length, split
         self.image_size = tuple(image_size) if image_size else None  # None until the first image
-        self.paths, self.texts, self.skipped = [], [], []
-        for path in tqdm(find_images(Path(root)), desc="check", unit="image", delay=2):
+        self.labels = read_labels(self.root / "labels.csv")
+        self.paths, self.texts, self.skipped, self.hashes = [], [], [], []
+        self.channels = 1
+        for path in tqdm(find_images(self.root), desc="check", unit="image", delay=2):
             try:
                 self.add(path, resize=image_size is not None)
             except InputError as error:
@@ -283,16 +298,21 @@ class CaptchaFolder(Dataset):
                 self.skipped.append(path)
         if not self.paths:
             raise InputError(f"{root}: none of its {len(self.skipped)} images is good")
+        self.channels = channels or self.channels
+        self.order = self.indices(split)
         self.description = {
-            "folder": Path(root).resolve().name,
-            "count": len(self.paths),
+            "folder": self.root.resolve().name,
+            "path": str(self.root.resolve()),
+            "count": len(self),
             "image_size": list(self.image_size),
+            "split": split,
+            "skip_bad": skip_bad,
         }
 
     def add(self, path: Path, resize: bool) -> None:
         """Appends a file, or raises InputError if there is anything wrong with it."""
-        text = self.read_text(path)
-        width, height = read_image(path).size
+        text, image = self.read_text(path), read_image(path)
+        width, height = image.size
         if self.image_size is None:
             self.image_size = (height, width)
         if not resize and (height, width) != self.image_size:
@@ -302,29 +322,75 @@ class CaptchaFolder(Dataset):
             )
         self.paths.append(path)
         self.texts.append(text)
+        self.hashes.append(hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest())
+        if image.mode != "L":
+            self.channels = 3
 
     def read_text(self, path: Path) -> str:
-        """The text in a file's name; '' if the dataset has no texts."""
+        """The text of a file, by labels.csv or its name; '' if the dataset has no texts."""
         if self.text_length is None:
             return ""
-        text = re.split(f"[{re.escape(SEPARATORS)}]", path.name, maxsplit=1)[0]
+        text = self.labels.get(path.relative_to(self.root).as_posix())
+        source = "its text in labels.csv should be"
+        if text is None:
+            text = re.split(f"[{re.escape(SEPARATORS)}]", path.name, maxsplit=1)[0]
+            source = "its name should begin with"
         if not any(symbol.islower() for symbol in self.charset):
             text = text.upper()
         if len(text) != self.text_length or not set(text) <= set(self.charset):
             expected = f"{self.text_length} symbols of {self.charset}"
-            raise InputError(f"{path}: its name should begin with {expected}, got {text!r}")
+            raise InputError(f"{path}: {source} {expected}, got {text!r}")
         return text
 
+    def indices(self, split: str | None) -> list[int]:
+        """The images of a split. Where chance leaves it none, the nearest hash is taken."""
+        places = [int(digest, 16) / 2**64 for digest in self.hashes]
+        if split is None:
+            return list(range(len(places)))
+        split_of = ["val" if at < 0.1 else "test" if at < 0.2 else "train" for at in places]
+        by_place = sorted(range(len(places)), key=places.__getitem__)
+        for i, name in zip(by_place, SPLITS_BY_HASH, strict=False):
+            if len(places) >= len(SPLITS_BY_HASH) and name not in split_of:
+                split_of[i] = name
+        chosen = [i for i, name in enumerate(split_of) if name == split]
+        if not chosen:
+            raise InputError(f"{self.root}: {len(places)} images are too few for a split {split!r}")
+        return chosen
+
+    def other_split(self, split: str, size: int) -> "CaptchaFolder":
+        """The first `size` images of another split."""
+        other = copy.copy(self)
+        other.split, other.order = split, self.indices(split)
+        return other.first(size)
+
+    def first(self, n: int) -> "CaptchaFolder":
+        """The first n images."""
+        part = copy.copy(self)
+        part.order = self.order[:n]
+        part.description = {**self.description, "split": self.split, "count": len(part)}
+        return part
+
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.order)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        i = check_index(i, len(self))
+        i = self.order[check_index(i, len(self))]
         height, width = self.image_size
-        image = read_image(self.paths[i])
+        image = read_image(self.paths[i]).convert("L" if self.channels == 1 else "RGB")
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)  # with antialiasing
         return to_tensor(image).float() / 255, encode_text(self.texts[i], self.charset)
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """The texts of labels.csv by the files' names, relative to its folder; {} without the file."""
+    if not path.is_file():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return {row["name"]: row["text"].strip() for row in csv.DictReader(file)}
+    except (KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: expected rows of name,text below that heading") from error
 
 
 def find_images(root: Path) -> list[Path]:
@@ -342,7 +408,7 @@ def find_images(root: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The (first) image in a file, as RGB.
+    """The (first) image in a file, upright, as RGB, or as grey if it is.
 
     Raises:
         ValueError: it is not readable, or has more pixels than Pillow deems safe (89 million).
@@ -352,15 +418,16 @@ def read_image(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # oddities that Pillow can read in spite of
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                return to_rgb(image)
+                return to_8_bits(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise InputError(f"{path}: not a readable image ({error})") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB, with transparency on white."""
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Any image with 8 bits a channel, grey (L) or RGB, with transparency on white."""
     if image.mode == "F":  # whose range is unknown
         raise InputError("its pixels are real numbers")
+    is_grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         values = np.asarray(image).clip(0, 65535) / 257
         image = Image.fromarray(values.round().astype(np.uint8))
@@ -368,7 +435,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image.convert("L" if is_grey else "RGB")
 
 
 # ---------------------------------------------------------------------------- MNIST

@@ -9,7 +9,8 @@ functions return matplotlib figures, for notebooks; `path` also writes them to a
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dataset import MNIST, UNSAFE, CaptchaDataset, decode_text
+from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder, decode_text
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian
 from hvae.parallel import keep_memory, pick_device
@@ -61,13 +62,22 @@ def sample_batches(
     model: HVAE, n: int, text: str | None = None, temperature: Temperature = None, seed: int = 0
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Yields (images (<= 64, C, H, W) in [0, 1], their texts or "") until n are drawn."""
-    generator = seeded(seed)
+    for draw, texts in lazy_batches(model, n, text, temperature, seed):
+        yield draw(), texts
+
+
+def lazy_batches(
+    model: HVAE, n: int, text: str | None = None, temperature: Temperature = None, seed: int = 0
+) -> Iterator[tuple[Callable[[], Tensor], list[str]]]:
+    """As sample_batches, with functions that draw the images: each batch has its own noise."""
     T = temperatures(model, temperature)
-    for first in range(0, n, BATCH):
+    for k, first in enumerate(range(0, n, BATCH)):
+        generator = seeded(seed + k * 1_000_003)
         count = min(BATCH, n - first)
         y = model.draw_text(count, text, generator)
         texts = None if y is None else [decode_text(row, model.charset) for row in y]
-        yield model.sample(count, texts, T, generator).cpu(), texts or [""] * count
+        draw = partial(model.sample, count, texts, T, generator)
+        yield lambda draw=draw: draw().cpu(), texts or [""] * count
 
 
 def sample_sheet(
@@ -126,8 +136,12 @@ def save_individual(
     text: str | None = None,
     temperature: Temperature = None,
     seed: int = 0,
+    resume: bool = False,
 ) -> None:
-    """Writes n samples as TEXT_INDEX.png, for dataset.CaptchaFolder; INDEX.png without a text.
+    """Writes n samples as TEXT_INDEX.png and a labels.csv, for dataset.CaptchaFolder.
+
+    Without a text the names are INDEX.png, and there is no labels.csv. `resume` keeps batches
+    whose files are all there: they must come from the same call.
 
     Raises:
         ValueError: n < 1, a bad temperature, a text the model cannot draw, or a charset with
@@ -142,12 +156,24 @@ def save_individual(
     folder.mkdir(parents=True, exist_ok=True)
     index = 0
     with tqdm(total=n, desc=str(folder), unit="image") as bar:
-        for images, texts in sample_batches(model, n, text, temperature, seed):
-            for image, drawn in zip(images, texts, strict=True):
-                name = f"{drawn}_{index:06d}" if drawn else f"{index:06d}"
-                write_image(image, folder / f"{name}.png")
-                index += 1
+        for draw, texts in lazy_batches(model, n, text, temperature, seed):
+            numbers = range(index, index + len(texts))
+            prefixes = [f"{drawn}_" if drawn else "" for drawn in texts]
+            names = [f"{prefix}{i:06d}.png" for prefix, i in zip(prefixes, numbers, strict=True)]
+            if not (resume and all((folder / name).is_file() for name in names)):
+                for image, name in zip(draw(), names, strict=True):
+                    write_image(image, folder / name)
+            if model.text_length is not None:
+                add_labels(folder / "labels.csv", names, texts, is_first=index == 0)
+            index += len(texts)
             bar.update(len(texts))
+
+
+def add_labels(path: Path, names: Sequence[str], texts: Sequence[str], is_first: bool) -> None:
+    """Rows of labels.csv, which begins anew with the first of them."""
+    with path.open("w" if is_first else "a", encoding="utf-8") as file:
+        file.write("name,text\n" * is_first)
+        file.writelines(f"{name},{text}\n" for name, text in zip(names, texts, strict=True))
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
@@ -399,22 +425,62 @@ def first_images(model: HVAE, dataset: Dataset, n: int) -> tuple[Tensor, Tensor 
 
 def test_images(
     model: HVAE,
-    data: str = "captcha",
+    data: str | None = None,
     root: str | Path = "data",
     limit: int | None = None,
     fonts: Sequence[str] | None = None,
+    folder: str | Path | None = None,
+    skip_bad: bool = False,
 ) -> Dataset:
-    """Held-out images for a model: 512 captchas of the kind it draws, or MNIST's test set.
+    """Held-out images for a model: of the data that it was trained on, unless others are named.
 
-    `limit` is another number of them; of MNIST evenly spaced ones, because the first half of its
-    test set is easier than the second.
+    Args:
+        data: 'captcha' for renders of the model's size and texts, or 'mnist'.
+        root: of MNIST's files.
+        limit: how many; None is 512 renders, or all of the others. Of MNIST they are evenly spaced,
+            because the first half of its test set is easier than the second.
+        fonts: to render with.
+        folder: other images, all of them; of the folder trained on, its split 'test'.
+        skip_bad: leave out damaged or misnamed files of the folder.
+
+    Raises:
+        ValueError: the images that the model was trained on are not known or gone.
     """
-    if data == "mnist":
+    origin = model.provenance.get("data", {"renderer": "captcha"})
+    origin = origin if isinstance(origin, dict) else {}
+    if folder is None and data is None and "path" in origin:
+        folder = origin["path"]
+        if not Path(folder).is_dir():
+            raise InputError(f"the model was trained on {folder}, which is gone; name a --folder")
+    if folder is not None:
+        return folder_images(model, folder, origin, limit, skip_bad)
+    if data == "mnist" or (data is None and origin.get("data") == "MNIST"):
         test_set = MNIST("test", root, model.text_length)
         n = len(test_set) if limit is None else min(limit, len(test_set))
         return Subset(test_set, [i * len(test_set) // n for i in range(n)])
+    if data is None and "renderer" not in origin:
+        raise InputError("the model was trained on data of your own; name a --folder or --data")
     size, length = 512 if limit is None else limit, model.text_length or 4
+    if data is None:
+        fonts = fonts or origin.get("fonts")
     return CaptchaDataset(size, "test", model.input_shape[1:], length, model.charset, fonts=fonts)
+
+
+def folder_images(
+    model: HVAE, folder: str | Path, origin: dict, limit: int | None, skip_bad: bool
+) -> CaptchaFolder:
+    """The images of a folder at the model's size; the test split, if the model has seen others."""
+    trained_on = str(Path(folder).resolve()) == origin.get("path")
+    images = CaptchaFolder(
+        folder,
+        model.input_shape[1:],
+        model.text_length,
+        model.charset,
+        skip_bad=skip_bad or (trained_on and origin.get("skip_bad", False)),
+        channels=model.input_shape[0],
+        split="test" if trained_on else None,
+    )
+    return images if limit is None else images.first(limit)
 
 
 test_images.__test__ = False  # not a test, whatever pytest thinks of its name
@@ -444,6 +510,7 @@ def sampling_parser() -> argparse.ArgumentParser:
     parser = make_parser("Draws captchas with a trained HVAE.")
     add = parser.add_argument
     add("--data", choices=tuple(CHECKPOINTS), default="captcha", help="whose shipped checkpoint")
+    add("--folder", type=path_argument, metavar="DIR", help="originals of the figures")
     add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
     add("--checkpoint", type=path_argument, metavar="FILE", help="a file that HVAE.save wrote")
     add("--out", type=path_argument, default="samples.png", metavar="FILE", help="the sheet")
@@ -459,6 +526,7 @@ def sampling_parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="another seed gives other samples")
     add("--individual", type=path_argument, metavar="DIR", help="one file per image, no sheet")
+    add("--resume", action="store_true", help="go on with the files of --individual, same options")
     add("--figures", type=path_argument, metavar="DIR", help="the README's pictures, no sheet")
     add("--device", help="cpu, cuda, ...; CUDA if there is one")
     return parser
@@ -468,10 +536,11 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     """The options that have no effect, by the reason."""
     if args.figures:
         sheet = {"individual", "out", "n", "text", "temperature", "seed"}
-        return {"with --figures": sheet | ({"root"} if args.data == "captcha" else set())}
-    unused = {"without --figures": {"root"}}
-    if args.individual:
-        unused["with --individual"] = {"out"}
+        return {"with --figures": sheet | {"resume"}}
+    unused = {"without --figures": {"root", "folder"}}
+    unused["with --individual" if args.individual else "without --individual"] = (
+        {"out"} if args.individual else {"resume"}
+    )
     if args.checkpoint:
         unused["with --checkpoint"] = {"data"}
     return unused
@@ -488,10 +557,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = HVAE.load(args.checkpoint or CHECKPOINTS[args.data], pick_device(args.device))
         request = (args.n, args.text, args.temperature, args.seed)
         if args.figures:
-            save_figures(model, Path(args.figures), test_images(model, args.data, args.root))
+            originals = test_images(model, root=args.root, folder=args.folder)
+            save_figures(model, Path(args.figures), originals)
             print(f"pictures in {args.figures}")
         elif args.individual:
-            save_individual(model, args.individual, *request)
+            save_individual(model, args.individual, *request, args.resume)
             print(f"{args.n} images in {args.individual}")
         else:
             paths = save_sheets(model, args.out, *request)

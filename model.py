@@ -61,7 +61,9 @@ BINARY_DIGITS = dict(
 CONFIGS = {
     "captcha": {},
     # a true probability of 8-bit images, on the same latents
-    "captcha-context": dict(likelihood="logistic", context=(3, 3), mixtures=6),
+    "captcha-context": dict(
+        likelihood="logistic", context=(3, 3), mixtures=6, prior_context=(3, 3)
+    ),
     # the flat VAE of many a first course: three convolutions, a dense layer, a latent plane
     "mnist-vae": dict(
         outer_config=[("conv", 32), ("conv", 32), ("conv", 64, 2), ("dense", 128)],
@@ -99,6 +101,7 @@ class ELBOTerms(NamedTuple):
     elbo: Tensor  # (B,)    -(reconstruction + sum of kl) <= log p(x)
     log_weight: Tensor  # (B,)    log p(x, z) - log q(z|x) of the z drawn; its mean is the ELBO too
     z_top: Tensor  # the draw of z_L
+    guess: Tensor | None = None  # (B,) -log N(x; z's guess), of training with a context
 
 
 class LevelTerms(NamedTuple):
@@ -355,13 +358,17 @@ class HVAE(nn.Module):
         p_x, levels = self.infer(x, y, closed, draws)
         # some of the pixels are enough to train a context on
         score = p_x.estimate if self.training and self.context else p_x.log_prob
-        log_p_x = score(repeat(x.float(), draws))
+        images = repeat(x.float(), draws)
+        log_p_x = score(images)
+        guess = None
+        if self.training and self.context is not None and not self.context.binary:
+            guess = -p_x.log_prob_of_guess(images)
         with torch.autocast(x.device.type, enabled=False):
             log_p_z = sum(level.log_p for level in levels)
             log_q_z = sum(level.q.log_prob(level.z) for level in levels)
         kl = torch.stack([level.kl for level in levels], dim=1)
         log_weight = log_p_x + log_p_z - log_q_z
-        return ELBOTerms(-log_p_x, kl, log_p_x - kl.sum(1), log_weight, levels[-1].z)
+        return ELBOTerms(-log_p_x, kl, log_p_x - kl.sum(1), log_weight, levels[-1].z, guess)
 
     def infer(
         self,
@@ -525,7 +532,8 @@ class HVAE(nn.Module):
         where the hardware has it.
 
         Args:
-            text: one for all images or a list of n; None draws one for each, uniformly.
+            text: one for all images or a list of n; None draws one for each, uniformly. It is
+                upper-cased if the charset has no lower-case letters.
             temperature: multiplies the noise of the priors; one number, or one for each level,
                 z_1 first.
             generator: makes the draw repeatable.
@@ -557,6 +565,8 @@ class HVAE(nn.Module):
             y = torch.randint(len(self.charset), shape, generator=generator, device=device)
             return y.to(self.device)
         texts = [text] * n if isinstance(text, str) else text
+        if isinstance(texts, (list, tuple)) and not any(c.islower() for c in self.charset):
+            texts = [t.upper() if isinstance(t, str) else t for t in texts]
         if not isinstance(texts, (list, tuple)) or len(texts) != n:
             raise InputError(f"text: expected a string or a list of {n}, got {text!r}")
         for t in texts:

@@ -4,7 +4,7 @@ The loss of a batch, in nats per image (`objective`; of a flow also `flow_loss`)
 
     reconstruction + beta * sum_l max(KL_l, free_nats_l)  [ - log p(z_L) of the z_L drawn ]
 
-Each of four things was needed for samples that follow their text and look like the data:
+Each of these things was needed for samples that follow their text and look like the data:
 
     beta starts above 1. While information is expensive, the model looks for the cheapest
         description of an image, and the text costs nothing.
@@ -12,6 +12,9 @@ Each of four things was needed for samples that follow their text and look like 
         seeing x. The glyphs of these images can only come from the top latents and the text. At
         first, for half of these images, every level but the top is closed.
     free_nats: KL of a level that costs nothing, so that the upper levels are used.
+    pixel_weight: with a local context, 98% of the nats are pixels, and latents that must serve
+        them forget the glyphs. So z's guess of the image, a Gaussian, teaches the latents, and
+        -log p(x|z) counts a twentieth, which is enough for the context to learn it.
     a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
         fitted to q(z_L).
 """
@@ -47,6 +50,7 @@ from hvae.run import Run, copy_buffers
 from hvae.validate import InputError, per_level, validate_int, validate_number
 from model import CONFIGS, HVAE, ELBOTerms, Level
 
+SHORT_RUN = 2_000  # steps
 VERSION = "2.0"  # of this code, written into every checkpoint
 
 
@@ -69,22 +73,35 @@ class Hyperparameters:
     steps: int = option(11_000, "training steps in all", 1)
     batch_size: int = option(32, "images per step", 1)
     lr: float = option(2e-3, "peak of AdamW's learning rate, which falls as a cosine to 2%%", 1e-12)
-    warmup: int = option(200, "steps over which the learning rate rises", 0)
-    beta_start: float = option(5.0, "weight of the KL at the start; it goes to 1", 1e-12)
-    beta_steps: int = option(7_700, "steps over which beta falls to 1", 1)
+    warmup: int | None = option(
+        None, "steps over which the learning rate rises; default: 200, at most a tenth of all", 0
+    )
+    beta_start: float | None = option(
+        None, "weight of the KL at the start; it goes to 1; default: 5, in a short run 1", 1e-12
+    )
+    beta_steps: int | None = option(None, "steps over which beta goes to 1; default: 0.7 of all", 1)
     free_nats: Sequence[float] | float | None = option(
         None,
         "KL per image that costs nothing: of every level, or one each, z_1 first; "
-        "default: 40, and 80 for the top",
+        "default: 40, and 80 for the top, in a short run 0",
     )
     closed_levels: int | None = option(
         None, "lowest levels closed in a part of each batch; default: the lower half of a ladder"
     )
-    closed_share: float = option(0.5, "share of each batch that has closed levels", 0, 1)
+    closed_share: float | None = option(
+        None, "share of each batch that has closed levels; default: 0.5, in a short run 0", 0, 1
+    )
     top_share: float = option(
         0.5, "share of those images in which only the top is open, in the first third", 0, 1.001
     )
     ema: float = option(0.999, "decay of the averaged weights", 0, 1)
+    pixel_weight: float = option(
+        1.0,
+        "weight of log p(x|z) of a context of 8-bit images; below 1, a Gaussian of z's guess "
+        "teaches the latents",
+        0,
+        1.000001,
+    )
     frozen_latents: bool = option(False, "train only p(x|z), with latents and priors as they are")
     binarise: bool = option(False, "draw every pixel as 0 or 1, anew at every step")
     eval_every: int = option(1000, "steps between evaluations, samples and checkpoints", 1)
@@ -92,15 +109,33 @@ class Hyperparameters:
     seed: int = option(0, "of the weights, the noise and the order of the data", 0, 2**32)
 
     def __post_init__(self):
+        validate_int("steps", self.steps, 1)
+        for name, value in self.schedule().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int:
+            value, kind = getattr(self, f.name), f.type
+            if kind in (int, int | None) and f.name != "closed_levels":
                 validate_int(f.name, value, f.metadata["low"], f.metadata["high"] - 1)
-            elif f.type is float:
+            elif kind in (float, float | None):
                 validate_number(f.name, value, f.metadata["low"], f.metadata["high"])
                 setattr(self, f.name, float(value))  # numpy's numbers are not JSON
-            elif f.type is bool:
+            elif kind is bool:
                 setattr(self, f.name, bool(value))
+
+    @property
+    def is_short(self) -> bool:
+        """Too short a run to learn texts, and better without what makes a long one learn them."""
+        return self.steps < SHORT_RUN
+
+    def schedule(self) -> dict[str, float]:
+        """The defaults that depend on the number of steps."""
+        return {
+            "warmup": min(200, self.steps // 10),
+            "beta_start": 1.0 if self.is_short else 5.0,
+            "beta_steps": max(1, round(0.7 * self.steps)),
+            "closed_share": 0.0 if self.is_short else 0.5,
+        }
 
     def fit_to(self, model: HVAE) -> None:
         """Sets what depends on the number of levels.
@@ -109,7 +144,7 @@ class Hyperparameters:
             ValueError: there are other numbers of free nats, or fewer levels to close.
         """
         levels = len(model.levels)
-        default = [40.0] * (levels - 1) + [80.0]
+        default = [0.0] * levels if self.is_short else [40.0] * (levels - 1) + [80.0]
         free_nats = default if self.free_nats is None else self.free_nats
         self.free_nats = per_level("free_nats", free_nats, levels)
         below_top = levels - 1 if model.top_down else 0
@@ -144,15 +179,7 @@ class Hyperparameters:
 LIKELIHOOD_FIRST = dict(beta_start=0.1, beta_steps=2_000, free_nats=[0.0], closed_share=0.0)
 TRAINING = {
     "captcha": {},
-    "captcha-context": {  # to begin with the latents of a checkpoint, see --init
-        "frozen_latents": True,
-        "beta_start": 1.0,
-        "lr": 2.5e-3,
-        "warmup": 100,
-        "ema": 0.998,
-        "batch_size": 8,
-        "steps": 10_000,
-    },
+    "captcha-context": {"pixel_weight": 0.05},
     "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 5_000},
     "mnist-hvae": {
         **LIKELIHOOD_FIRST,
@@ -287,7 +314,7 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
 
     with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
         terms = run.forward(x, y, closed)
-    loss = objective(terms, hp.beta_at(run.step), run.free_nats, closed)
+    loss = objective(terms, hp.beta_at(run.step), run.free_nats, closed, hp.pixel_weight)
     if model.levels[-1].flow is not None:
         loss = loss + flow_loss(model.levels[-1], terms.z_top.detach())
 
@@ -304,9 +331,12 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     return batch_means(terms, closed)
 
 
-def objective(terms: ELBOTerms, beta: float, free_nats: Tensor, closed: Tensor) -> Tensor:
+def objective(
+    terms: ELBOTerms, beta: float, free_nats: Tensor, closed: Tensor, pixel_weight: float = 1.0
+) -> Tensor:
     """reconstruction + beta * sum_l max(KL_l, free_nats_l), batch mean, in nats per image.
 
+    With a pixel weight below 1 it is that of z's guess, plus so much of the pixels'.
     Free bits (Kingma et al. 2016, eq. 15) hold for a level's mean KL over the images in which it
     is open: `closed` (B,) is the number of an image's closed levels, whose KL is zero.
     """
@@ -316,7 +346,10 @@ def objective(terms: ELBOTerms, beta: float, free_nats: Tensor, closed: Tensor) 
     # a chain's KL terms can be negative, and count then too
     is_free = (parallel.all_reduce_sum(kl) <= free) & (free > 0)
     kl = torch.where(is_free, free / parallel.world_size(), kl)
-    return terms.reconstruction.mean() + beta * kl.sum() / len(terms.kl)
+    reconstruction = terms.reconstruction.mean()
+    if terms.guess is not None and pixel_weight < 1:
+        reconstruction = terms.guess.mean() + pixel_weight * reconstruction
+    return reconstruction + beta * kl.sum() / len(terms.kl)
 
 
 def is_open_level(terms: ELBOTerms, closed: Tensor) -> Tensor:
@@ -479,21 +512,23 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Fig
 # ---------------------------------------------------------------------------- second stages
 
 
-def with_context(model: HVAE, context: Sequence[int], mixtures: int) -> HVAE:
-    """The same latents and last features, and an untrained local context for p(x|z)."""
-    likelihood = "bernoulli" if model.config["likelihood"] == "bernoulli" else "logistic"
-    changed = HVAE(
-        **{**model.config, "likelihood": likelihood, "context": context, "mixtures": mixtures}
-    )
-    weights = model.state_dict()
-    image = {name: weights.pop(f"to_image.{name}") for name in ("weight", "bias")}
-    kept = {name: w for name, w in weights.items() if not name.startswith("context.")}
-    changed.load_state_dict(kept, strict=False)
-    if model.config["likelihood"] == "gaussian":  # its mean is z's guess
-        c = model.input_shape[0]
+def with_windows(model: HVAE, **changes) -> HVAE:
+    """The same weights in a model with another context, mixtures or prior_context.
+
+    What the windows add is untrained. A Gaussian's mean becomes z's guess.
+    """
+    config = {**model.config, **changes}
+    if config["context"] and config["likelihood"] == "gaussian":
+        config["likelihood"] = "logistic"
+    changed = HVAE(**config)
+    new = changed.state_dict()
+    old = {k: w for k, w in model.state_dict().items() if k in new}
+    changed.load_state_dict({**new, **{k: w for k, w in old.items() if w.shape == new[k].shape}})
+    c = model.input_shape[0]
+    if model.config["likelihood"] == "gaussian" and changed.context is not None:
         with torch.no_grad():
-            changed.to_image.weight[:, :c] = image["weight"]
-            changed.to_image.bias[:c] = image["bias"]
+            changed.to_image.weight[:, :c] = model.to_image.weight[:, :c]
+            changed.to_image.bias[:c] = model.to_image.bias[:c]
     changed.provenance = model.provenance
     return changed
 
@@ -649,9 +684,10 @@ def importance_bounds(log_weights: Tensor) -> dict[int, Tensor]:
 
 
 def hold_out(dataset: Dataset, seed: int, limit: int = 512) -> tuple[Dataset, Dataset]:
-    """(training set, validation set): another split of rendered data, or a tenth set aside."""
+    """(training set, validation set): the data's own splits, or a tenth set aside."""
     if hasattr(dataset, "other_split"):
-        return dataset, dataset.other_split("val", limit)
+        train_set = dataset if dataset.split else dataset.other_split("train", len(dataset))
+        return train_set, dataset.other_split("val", limit)
     n = min(limit, max(1, len(dataset) // 10))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(dataset, sorted(order[n:])), Subset(dataset, sorted(order[:n]))
@@ -741,7 +777,7 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     """The command line, with the defaults of one of CONFIGS."""
     parser = make_parser("Trains an HVAE on rendered captchas, on MNIST or on a folder of images.")
     add = parser.add_argument_group("data").add_argument
-    add("--data", choices=("captcha", "mnist"), default="captcha", help="renders, or digits")
+    add("--data", choices=("captcha", "mnist"), help="renders, or digits; captcha")
     add("--folder", type=path_argument, metavar="DIR", help="train on the images in this folder")
     add("--skip-bad", action="store_true", help="leave out damaged or misnamed files of the folder")
     add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
@@ -772,6 +808,13 @@ def training_parser(config: str) -> argparse.ArgumentParser:
         metavar=("ROWS", "COLUMNS"),
         help="earlier pixels that p(x|z) sees, too; with --init in place of its likelihood",
     )
+    add(
+        "--prior-context",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+        help="earlier positions that p(z_l|.) sees, too; may be added with --init",
+    )
     add("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I)")
     add("--unconditional", action="store_true", help="leave the texts unused")
     group = parser.add_argument_group("training")
@@ -798,7 +841,7 @@ def add_hyperparameter(group, f) -> None:
     elif f.name == "free_nats":
         group.add_argument(name, type=float, nargs="+", metavar="NATS", help=help)
     else:
-        kind = float if f.type is float else int
+        kind = float if f.type in (float, float | None) else int
         group.add_argument(name, type=kind, default=default, help=help)
 
 
@@ -818,8 +861,8 @@ def parse(
 def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     """The options that have no effect, by the reason."""
     rendering = {"fonts", "cache"}
-    architecture = {"config", "inference", "likelihood", "sigma", "mixtures", "context", "flow"}
-    architecture.add("unconditional")
+    architecture = {"config", "inference", "likelihood", "sigma", "mixtures", "context"}
+    architecture |= {"prior_context", "flow", "unconditional"}
     training = {f.name for f in fields(Hyperparameters)} | {"keep", "resume", "init"}
     unused = {}
     if args.folder:
@@ -829,7 +872,7 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     elif args.data == "mnist":
         images = {"images"} if not args.evaluate else set()
         unused["with --data mnist"] = rendering | images | {"size", "charset", "skip_bad"}
-    else:
+    elif args.data == "captcha" or not args.evaluate:
         unused["with --data captcha"] = {"skip_bad", "root"}
     if args.evaluate:
         files = {"size", "length", "charset", "cache", "workers", "out", "fit_prior"}
@@ -840,7 +883,7 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
         unused["with --fit-prior"] = (training - {"seed"}) | architecture
     elif args.init:
         adds_context = args.context or CONFIGS[args.config].get("context")
-        kept = {"config", "context", "mixtures"} if adds_context else {"config"}
+        kept = {"config", "prior_context"} | ({"context", "mixtures"} if adds_context else set())
         unused["with --init"] = architecture - kept
     return unused
 
@@ -924,13 +967,10 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """The checkpoint to begin with, or a config with its changes, for the data's images."""
     config = CONFIGS[args.config]
     if args.init:
-        model = HVAE.load(args.init)
-        context = args.context or (not model.config["context"] and config.get("context"))
-        mixtures = config.get("mixtures", 6) if args.mixtures is None else args.mixtures
-        return with_context(model, context, mixtures) if context else model
+        return with_windows_of(HVAE.load(args.init), args)
     if args.frozen_latents:
         raise InputError("--frozen-latents: untrained latents; begin with a checkpoint (--init)")
-    names = ("inference", "likelihood", "sigma", "mixtures", "context", "flow")
+    names = ("inference", "likelihood", "sigma", "mixtures", "context", "prior_context", "flow")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.unconditional:
         changes["text_length"] = None
@@ -944,13 +984,24 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     return model
 
 
+def with_windows_of(model: HVAE, args: argparse.Namespace) -> HVAE:
+    """The checkpoint with the windows that it lacks and that the options or the config name."""
+    config = {"mixtures": 6, **CONFIGS[args.config]}
+    changes = {}
+    context = args.context or (not model.config["context"] and config.get("context"))
+    if context:
+        mixtures = config["mixtures"] if args.mixtures is None else args.mixtures
+        changes.update(context=context, mixtures=mixtures)
+    prior_context = args.prior_context or config.get("prior_context")
+    if prior_context and not model.config["prior_context"]:
+        changes["prior_context"] = prior_context
+    return with_windows(model, **changes) if changes else model
+
+
 def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:
-    """What --evaluate measures on: the folder, or held-out images of the data set."""
-    if not args.folder:
-        return test_images(model, args.data, args.root, args.images, args.fonts)
-    size, length = model.input_shape[1:], model.text_length
-    images = CaptchaFolder(args.folder, size, length, model.charset, args.skip_bad)
-    return images if args.images is None else Subset(images, range(min(args.images, len(images))))
+    """What --evaluate measures on: the images named, or held-out ones of the model's own data."""
+    images = (args.data, args.root, args.images, args.fonts, args.folder, args.skip_bad)
+    return test_images(model, *images)
 
 
 def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) -> None:

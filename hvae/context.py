@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvae.distributions import channel_means, log_discretised_logistic
+from hvae.distributions import Gaussian, channel_means, log_discretised_logistic
 
 BASES = 6  # that a mean starts from: left, above, a gradient, z's own guess, first, contrast
 CHUNK = 1 << 16  # pixels scored at once: bounds the memory
-KEEP_EDGE, KEEP_FLAT = 0.2, 0.04  # shares of the pixels that a training step scores
+KEEP_EDGE, KEEP_FLAT = 0.05, 0.01  # shares of the pixels that a training step scores
+GUESS_SIGMA = 0.4  # for images in [-1, 1]
 CORRUPT = 0.005  # share of the window's values that are wrong in training
 
 
@@ -203,9 +204,19 @@ class Pixels:
         self.pitch = self.size[1] + 2 * network.columns  # of a row on the canvas
 
     @property
+    def guess(self) -> Tensor:
+        """What z alone says of x, (B, C, H, W) about [-1, 1]."""
+        return self.parameters[:, : self.network.channels].float()
+
+    @property
     def image(self) -> Tensor:
-        """z's own guess, without a context, (B, C, H, W) in [0, 1]."""
-        return ((self.parameters[:, : self.network.channels].float() + 1) / 2).clamp(0, 1)
+        """The guess as images (B, C, H, W) in [0, 1]."""
+        return ((self.guess + 1) / 2).clamp(0, 1)
+
+    def log_prob_of_guess(self, x: Tensor) -> Tensor:
+        """log N(x; guess, 0.4^2), (B,) nats: what teaches the latents, see trainer.py."""
+        log_sigma = torch.full((), math.log(GUESS_SIGMA), device=x.device)
+        return Gaussian(self.guess, log_sigma).log_prob(x)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """(B,) nats."""
@@ -221,7 +232,9 @@ class Pixels:
         A few values in the windows are replaced, so that a sample recovers from an unlikely pixel,
         which would otherwise lead to others.
         """
-        keep = torch.where(is_flat(x), KEEP_FLAT, KEEP_EDGE).flatten()
+        keep = torch.where(is_flat(x), KEEP_FLAT, KEEP_EDGE)
+        keep[:, 0, 0] = 1  # it is in all windows, and nothing is in its own
+        keep = keep.flatten()
         i = (torch.rand_like(keep) < keep).nonzero()[:, 0]
         image = i // math.prod(self.size)
         other = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
@@ -291,7 +304,7 @@ class Pixels:
         batch = len(self.parameters)
         dtype = self.network.from_z.weight.dtype
         empty = torch.zeros(batch, c, h, w, device=device, dtype=dtype)
-        canvas, low, high = self.canvases(empty)
+        canvas, low, high = (self.canvas(empty, outside) for outside in (self.outside, 255, 0))
         source = generator.device if generator else device
         shape = (batch * h * w, c, 2)
         noise = torch.rand(shape, generator=generator, dtype=canvas.dtype, device=source)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import trainer
 from hvae.context import ContextNetwork, is_flat
+from hvae.distributions import Gaussian
 from model import HVAE
-from trainer import train, with_context
+from trainer import objective, train, with_windows
 
 KINDS = [("logistic", 3), ("logistic", 1), ("bernoulli", 1), ("bernoulli", 2)]
 
@@ -208,7 +209,7 @@ def test_context_on_a_checkpoint_keeps_its_latents():
     outer = [("conv", 8, 2), ("res", 8)]
     config = dict(outer_config=outer, inner_config=[[("res", 8)]], input_size=(6, 8))
     model = HVAE(**config, text_length=None).eval()
-    changed = with_context(model, (2, 2), 3).eval()
+    changed = with_windows(model, context=(2, 2), mixtures=3, prior_context=(1, 1)).eval()
     x = images("logistic", 3, 3, 6, 8).float()
     draw = lambda m: m.encode(x, generator=torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(draw(model), draw(changed), strict=True))
@@ -254,11 +255,29 @@ def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
     ]
     short = ["--steps", "2", "--batch-size", "4", "--eval-every", "2"]
     config, out = ["--config", "captcha-context"], ["--out", str(tmp_path / "run")]
-    trainer.main([*config, "--init", str(tmp_path / "ladder.pt"), *data, *short, *out])
+    init = ["--init", str(tmp_path / "ladder.pt"), "--frozen-latents", "--pixel-weight", "1"]
+    trainer.main([*config, *init, *data, *short, *out])
     model = HVAE.load(tmp_path / "run" / "hvae.pt")
     assert model.config["context"] == [3, 3] and model.config["mixtures"] == 6
+    assert model.config["prior_context"] == [3, 3]
     kept = {k: v for k, v in ladder.state_dict().items() if k.startswith(("levels.", "inference."))}
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in kept.items())
     with pytest.raises(SystemExit):
-        trainer.main([*config, *data, *short, "--out", str(tmp_path / "other")])
+        trainer.main([*config, "--frozen-latents", *data, *short, "--out", str(tmp_path / "other")])
     assert "--init" in capsys.readouterr().err
+
+
+def test_the_guess_teaches_the_latents_if_pixels_count_less():
+    """At weight 0 the loss is the Gaussian's; at 1 it is the -ELBO, without the guess."""
+    torch.manual_seed(0)
+    outer = [("conv", 8, 2), ("res", 8)]
+    model = HVAE(outer, [], (6, 8), text_length=None, likelihood="logistic", context=(2, 2))
+    x = images("logistic", 3, 3, 6, 8).float()
+    terms = model.train()(x)
+    loss = lambda weight: objective(terms, 1.0, torch.zeros(1), torch.zeros(3).long(), weight)
+    kl = terms.kl.sum(1).mean()
+    expected = Gaussian(2 * x - 1, torch.tensor(0.4).log()).log_prob(x).mean()
+    assert terms.guess.mean() > -expected
+    torch.testing.assert_close(loss(0.0), terms.guess.mean() + kl)
+    torch.testing.assert_close(loss(1.0), terms.reconstruction.mean() + kl)
+    assert model.eval()(x).guess is None

@@ -426,7 +426,14 @@ def test_export_and_read_back(tmp_path):
     order = sorted(range(5), key=lambda i: folder.paths[i].stem.split("_")[1])
     assert same([folder[i] for i in order], CaptchaDataset(5, "val", (40, 80), 3, seed=4))
     assert folder.image_size == (40, 80) and folder.text_length == 3 and folder.charset == CHARSET
-    assert folder.description == {"folder": tmp_path.name, "count": 5, "image_size": [40, 80]}
+    assert folder.description == {
+        "folder": tmp_path.name,
+        "path": str(tmp_path.resolve()),
+        "count": 5,
+        "image_size": [40, 80],
+        "split": None,
+        "skip_bad": False,
+    }
 
 
 def test_the_sheet(tmp_path, capsys):
@@ -530,7 +537,7 @@ def test_folder_without_texts_has_empty_labels(tmp_path):
 )
 def test_any_image_becomes_rgb(tmp_path, mode, color, rgb):
     save(tmp_path / f"A.{'tif' if mode in ('CMYK', 'I') else 'png'}", mode, color)
-    image, _ = CaptchaFolder(tmp_path)[0]
+    image, _ = CaptchaFolder(tmp_path, channels=3)[0]
     assert (image * 255).round().flatten(1).T.unique(dim=0).tolist() == [list(rgb)]
 
 
@@ -547,8 +554,69 @@ def test_resizing_averages(tmp_path):
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "A.png")
     image, _ = CaptchaFolder(tmp_path, image_size=(10, 16))[0]
-    assert image.shape == (3, 10, 16)
+    assert image.shape == (1, 10, 16)
     assert (image[:, :, 2:-2] - 0.5).abs().max() < 0.1  # without antialiasing: still stripes
+
+
+def test_a_grey_folder_is_grey_and_a_mixed_one_is_not(tmp_path):
+    save(tmp_path / "A.png", "L", 51)
+    save(tmp_path / "B.png", "I;16", 102 * 257)
+    grey = CaptchaFolder(tmp_path)
+    assert grey.channels == 1 and [round(255 * x.mean().item()) for x, _ in grey] == [51, 102]
+    save(tmp_path / "C.png", "RGB", (255, 0, 0))
+    assert CaptchaFolder(tmp_path)[0][0].shape == (3, 10, 20)
+    assert round(255 * CaptchaFolder(tmp_path, channels=1)[2][0].mean().item()) == 76
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (20, 10), "white")
+    image.paste("black", (0, 0, 20, 5))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / "A.png", exif=exif)
+    x, _ = CaptchaFolder(tmp_path)[0]
+    assert x.shape == (3, 20, 10)
+    assert x[:, :, 6:].max() == 0 and x[:, :, :4].min() == 1
+
+
+def test_labels_csv_stands_beside_names(tmp_path):
+    for name in ("one.png", "sub/two.png", "XY_3.png"):
+        save(tmp_path / name)
+    (tmp_path / "labels.csv").write_text("name,text\none.png,ab\nsub/two.png, CD\n")
+    folder = CaptchaFolder(tmp_path, text_length=2)
+    texts = {path.name: text for path, text in zip(folder.paths, folder.texts, strict=True)}
+    assert texts == {"one.png": "AB", "two.png": "CD", "XY_3.png": "XY"}
+    (tmp_path / "labels.csv").write_text("file,text\none.png,AB\n")
+    with pytest.raises(ValueError, match=r"labels\.csv: expected rows of name,text"):
+        CaptchaFolder(tmp_path, text_length=2)
+    (tmp_path / "labels.csv").write_text("name,text\none.png,ABC\n")
+    with pytest.raises(ValueError, match=r"one\.png: its text in labels\.csv"):
+        CaptchaFolder(tmp_path, text_length=2)
+
+
+def test_a_new_file_moves_no_other_to_another_split(tmp_path):
+    for i in range(60):
+        save(tmp_path / f"{i:03d}.png", "RGB", (i, 0, 0))
+    names = lambda split: {
+        folder.paths[i].name
+        for folder in [CaptchaFolder(tmp_path, split=split)]
+        for i in folder.order
+    }
+    before = {split: names(split) for split in ("train", "val", "test")}
+    assert sum(map(len, before.values())) == 60 and set.union(*before.values()) == names(None)
+    assert all(before.values())
+    for i in range(60, 90):
+        save(tmp_path / f"{i - 70:03d}_new.png", "RGB", (i, 0, 0))
+    assert all(before[split] <= names(split) for split in before)
+
+
+@pytest.mark.parametrize("n", [3, 4, 10])
+def test_a_handful_of_images_still_has_all_splits(tmp_path, n):
+    for i in range(n):
+        save(tmp_path / f"{i}.png", "RGB", (i, 0, 0))
+    folder = CaptchaFolder(tmp_path)
+    sizes = [len(folder.other_split(split, n)) for split in ("train", "val", "test")]
+    assert min(sizes) >= 1 and sum(sizes) == n
 
 
 def test_folder_errors_name_what_is_wrong(tmp_path):

@@ -257,9 +257,30 @@ def test_individual_files_are_those_of_the_sheet(conditional, capsys):
 
 def test_individual_files_of_a_text(conditional):
     run(conditional, "--n", 3, "--text", "CB", "--individual", "out")
-    assert written("out") == ["CB_000000.png", "CB_000001.png", "CB_000002.png"]
+    assert written("out") == ["CB_000000.png", "CB_000001.png", "CB_000002.png", "labels.csv"]
+    labels = Path("out/labels.csv").read_text()
+    assert labels == "name,text\n" + "".join(f"CB_00000{i}.png,CB\n" for i in range(3))
     folder = CaptchaFolder("out", text_length=2, charset=CHARSET)
     assert folder[0][0].shape == (3, H, W) and folder[0][1].tolist() == [2, 1]
+
+
+def test_individual_files_go_on_after_an_interruption(conditional, monkeypatch):
+    """The batches that are there are kept, and the files end up as without an interruption."""
+    arguments = ["--n", 150, "--seed", 4, "--individual"]
+    run(conditional, *arguments, "whole")
+    contents = lambda folder: {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    expected = contents("whole")
+    run(conditional, *arguments, "out")
+    for name in sorted(expected, key=lambda name: name.split("_")[-1])[100:]:
+        Path("out", name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in Path("out").glob("*_0000[0-5]*.png")}
+    run(conditional, *arguments, "out", "--resume")
+    assert contents("out") == expected
+    assert len(kept) == 60 and all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
+def test_a_text_is_upper_cased_where_the_charset_is(conditional):
+    assert torch.equal(sheet(conditional, "--text", "ab"), sheet(conditional, "--text", "AB"))
 
 
 def test_individual_files_without_a_text(unconditional):
@@ -368,7 +389,7 @@ def check_error(arguments, culprit, folder, capsys):
         *[([f"--n={n}", "--individual=out"], "--n") for n in ("0", "-3", "2.5", "many")],
         *[([f"--temperature={T}"], "temperature") for T in ("-0.1", "nan", "inf", "warm")],
         (["--temperature", "1", "1"], "temperature"),
-        *[([f"--text={text}"], f"text {text!r}") for text in ("A?", "ab", "A", "ABC", "", "Ä€")],
+        *[([f"--text={text}"], f"text {text!r}") for text in ("A?", "A", "ABC", "", "Ä€")],
         *[([f"--seed={seed}"], "seed") for seed in (2**64, -1, "first")],
         (["--device=abacus"], "abacus"),
         (["--temperature=-1", "--individual=out"], "temperature"),
@@ -432,7 +453,9 @@ def test_empty_paths(option, here, capsys):
         (["--figures=out", "--seed=0"], "seed", "with --figures"),  # the default, but given
         (["--figures=out", "--out=a.png"], "out", "with --figures"),
         (["--figures=out", "--individual=out"], "individual", "with --figures"),
-        (["--figures=out", "--root=data"], "root", "with --figures"),
+        (["--figures=out", "--resume"], "resume", "with --figures"),
+        (["--resume"], "resume", "without --individual"),
+        (["--folder=in"], "folder", "without --figures"),
         (["--individual=out", "--out=a.png"], "out", "with --individual"),
         (["--individual=out", "--root=data"], "root", "without --figures"),
         (["--root=data"], "root", "without --figures"),

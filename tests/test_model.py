@@ -126,7 +126,7 @@ def test_elbo_terms(case):
     assert terms.kl.shape == (3, levels)
     assert torch.equal(terms.elbo, -(terms.reconstruction + terms.kl.sum(1)))
     assert (terms.kl >= 0).all()
-    assert all(term.isfinite().all() and term.dtype == torch.float32 for term in terms)
+    assert all(term.isfinite().all() and term.dtype == torch.float32 for term in terms[:5])
     check_gradients(model, terms)
 
 
@@ -490,7 +490,7 @@ def test_any_two_lists_build_a_model(inference, lists):
     model = HVAE(outer, inner, size, inference=inference)
     terms = model(*batch(model, 2))
     terms.elbo.mean().backward()
-    assert all(term.isfinite().all() for term in terms)
+    assert all(term.isfinite().all() for term in terms[:5])
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert model.eval().sample(1).shape == (1, *model.input_shape)
 

@@ -244,9 +244,9 @@ def test_evaluations_between_log_steps(tmp_path):
 
 
 OUT_OF_RANGE = {
-    **dict.fromkeys(
-        ("steps", "batch_size", "beta_steps", "eval_every", "log_every"), [0, -1, 1.5, None]
-    ),
+    **dict.fromkeys(("steps", "batch_size", "eval_every", "log_every"), [0, -1, 1.5, None]),
+    "beta_steps": [0, -1, 1.5],
+    "pixel_weight": [-0.1, 1.1, None],
     "warmup": [-1, math.nan],
     "lr": [0, -1, math.inf, math.nan, "fast"],
     "beta_start": [0, math.nan],
@@ -692,11 +692,11 @@ def test_fully_closed_images_do_not_see_x():
 @pytest.mark.parametrize(
     "model, arguments, closes",
     [
-        ({}, {}, True),
-        ({}, {"closed_levels": 0}, False),
-        ({}, {"closed_share": 0.0}, False),
-        ({"inference": "bottom-up"}, {}, False),
-        ({"inner_config": []}, {}, False),
+        ({}, {"closed_share": 0.5}, True),
+        ({}, {"closed_share": 0.5, "closed_levels": 0}, False),
+        ({}, {}, False),  # a short run
+        ({"inference": "bottom-up"}, {"closed_share": 0.5}, False),
+        ({"inner_config": []}, {"closed_share": 0.5}, False),
     ],
 )
 def test_train_closes_levels(model, arguments, closes, tmp_path):
@@ -721,11 +721,22 @@ def test_closed_levels_of_a_batch(levels, share, top_share, at_first, later):
     assert hp.closed_at(3, 5).tolist() == later
 
 
+@pytest.mark.parametrize(
+    "steps, expected",
+    [(300, (30, 1.0, 210, 0.0, [0, 0])), (11_000, (200, 5.0, 7_700, 0.5, [40, 80]))],
+)
+def test_schedules_follow_the_number_of_steps(steps, expected):
+    hp = Hyperparameters(steps=steps)
+    hp.fit_to(tiny())
+    assert (hp.warmup, hp.beta_start, hp.beta_steps, hp.closed_share, hp.free_nats) == expected
+    assert Hyperparameters(steps=steps, warmup=7, closed_share=0.25).closed_share == 0.25
+
+
 def test_only_the_top_is_open_in_the_first_third(tmp_path, monkeypatch):
     seen, original = [], trainer.objective
-    record = lambda *args: seen.append(args[-1].tolist()) or original(*args)
+    record = lambda *args: seen.append(args[3].tolist()) or original(*args)
     monkeypatch.setattr(trainer, "objective", record)
-    fit(tmp_path, tiny(inner_config=[[("res", 4)]] * 3), steps=6, batch_size=4)
+    fit(tmp_path, tiny(inner_config=[[("res", 4)]] * 3), steps=6, batch_size=4, closed_share=0.5)
     assert seen == [[3, 2, 0, 0]] * 2 + [[2, 2, 0, 0]] * 4
 
 
@@ -1065,9 +1076,11 @@ def test_csv_is_a_plain_table(tmp_path):
 # ---------------------------------------------------------------------------- command line
 
 OPTIONS = """--data --folder --skip-bad --root --size --length --charset --fonts --images --cache
-    --workers --config --init --inference --likelihood --sigma --mixtures --context --flow
+    --workers --config --init --inference --likelihood --sigma --mixtures --context
+    --prior-context --flow
     --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats
-    --closed-levels --closed-share --top-share --ema --frozen-latents --binarise --eval-every
+    --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-latents --binarise
+    --eval-every
     --log-every --seed --device --out --keep --resume --fit-prior --evaluate
     --importance-samples"""
 
