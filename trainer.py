@@ -47,8 +47,9 @@ from hvae.distributions import DiagonalGaussian
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import write_figure, write_image
 from hvae.run import Run, copy_buffers
+from hvae.text import encode_text
 from hvae.validate import InputError, per_level, validate_int, validate_number
-from model import CONFIGS, HVAE, ELBOTerms, Level
+from model import CONFIGS, HVAE, ELBOTerms, Level, plain
 
 SHORT_RUN = 2_000  # steps
 VERSION = "2.0"  # of this code, written into every checkpoint
@@ -207,11 +208,12 @@ def train(
     workers: int = 1,
     **hyperparameters,
 ) -> tuple[HVAE, list[dict]]:
-    """Trains a model; returns it, with averaged weights and in eval mode, and its history.
+    """Trains a model; returns the best one, with averaged weights, and its history.
 
-    The folder `out` receives hvae.pt (the averaged model), metrics.csv (the history), loss.png,
-    samples.png, and state.pt, from which `resume=True` goes on as if there had been no
-    interruption (Run.load in hvae/run.py). Ctrl-C and SIGTERM save the state first.
+    The folder `out` receives hvae.pt (the averaged model of the best evaluation, by the held-out
+    -ELBO), metrics.csv (the history), loss.png, samples.png, and state.pt, from which
+    `resume=True` goes on as if there had been no interruption (Run.load in hvae/run.py). Ctrl-C
+    and SIGTERM save the state first.
 
     Args:
         model: None is HVAE() for the data's images and texts.
@@ -258,7 +260,8 @@ def train(
             model.set_output_level(torch.stack(first).to(device))
         validate_step(run, out)
         take_steps(run, train_set, val_set, out, workers, keep)
-    return run.average.module, run.history
+    with parallel.rank_0_first():  # which has written it
+        return HVAE.load(out / "hvae.pt", device), run.history
 
 
 def take_steps(
@@ -424,7 +427,8 @@ def write_checkpoint(run: Run, val_set: Dataset, out: Path, keep: bool) -> None:
     write_csv(out / "metrics.csv", run.history)
     plot_history(run.history, out / "loss.png")
     write_image(sample_sheet(model, 32, seed=hp.seed), out / "samples.png")
-    model.save(out / "hvae.pt")
+    if metrics["elbo"] >= max(-row["val_neg_elbo"] for row in evaluated(run.history)):
+        model.save(out / "hvae.pt")
     if keep:
         model.save(out / f"hvae-{run.step:06d}.pt")
     run.save(out / "state.pt")
@@ -432,6 +436,10 @@ def write_checkpoint(run: Run, val_set: Dataset, out: Path, keep: bool) -> None:
         f"step {run.step}: held out -elbo {-metrics['elbo']:,.1f} nats = reconstruction "
         f"{metrics['reconstruction']:,.1f} + kl {sum(metrics['kl']):,.1f}"
     )
+
+
+def evaluated(history: Sequence[dict]) -> list[dict]:
+    return [row for row in history if "val_neg_elbo" in row]
 
 
 def provenance(run: Run, metrics: dict) -> dict:
@@ -497,7 +505,7 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Fig
     for key, label in [("neg_elbo", "training"), ("reconstruction_closed", closed)]:
         if key in columns:
             curve(left, history, key, label=label, linewidth=1)
-    held_out = [row for row in history if "val_neg_elbo" in row]
+    held_out = evaluated(history)
     curve(left, held_out, "val_neg_elbo", "k.-", label="held out")
     left.set(xlabel="thousand images seen", ylabel="-ELBO (nats per image)")
     left.legend()
@@ -512,25 +520,33 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Fig
 # ---------------------------------------------------------------------------- second stages
 
 
-def with_windows(model: HVAE, **changes) -> HVAE:
-    """The same weights in a model with another context, mixtures or prior_context.
+def adapted(model: HVAE, **changes) -> tuple[HVAE, list[str]]:
+    """The same weights in a model with other arguments, and the names of those that are untrained.
 
-    What the windows add is untrained. A Gaussian's mean becomes z's guess.
+    It serves images of another size, another charset, and windows for p(x|z) or the priors.
+    Weights that fit are taken over, embeddings symbol by symbol; a Gaussian's mean becomes z's
+    guess.
     """
     config = {**model.config, **changes}
     if config["context"] and config["likelihood"] == "gaussian":
         config["likelihood"] = "logistic"
     changed = HVAE(**config)
-    new = changed.state_dict()
-    old = {k: w for k, w in model.state_dict().items() if k in new}
-    changed.load_state_dict({**new, **{k: w for k, w in old.items() if w.shape == new[k].shape}})
-    c = model.input_shape[0]
-    if model.config["likelihood"] == "gaussian" and changed.context is not None:
+    old, new = model.state_dict(), changed.state_dict()
+    fits = {name: w for name, w in old.items() if name in new and w.shape == new[name].shape}
+    for name in [name for name in new if name.endswith("embedding.weight") and name in old]:
+        shared = [c for c in changed.charset if c in model.charset]
+        fits[name] = new[name].clone()
+        fits[name][encode_text(shared, changed.charset)] = old[name][
+            encode_text(shared, model.charset)
+        ]
+    changed.load_state_dict({**new, **fits})
+    c = changed.input_shape[0]
+    if model.config["likelihood"] == "gaussian" and changed.context and c == model.input_shape[0]:
         with torch.no_grad():
             changed.to_image.weight[:, :c] = model.to_image.weight[:, :c]
             changed.to_image.bias[:c] = model.to_image.bias[:c]
     changed.provenance = model.provenance
-    return changed
+    return changed, [name for name in new if name not in fits]
 
 
 def fit_prior(
@@ -695,17 +711,22 @@ def hold_out(dataset: Dataset, seed: int, limit: int = 512) -> tuple[Dataset, Da
 
 def model_for(dataset: Dataset, **arguments) -> HVAE:
     """The default model for this data set's images and texts; arguments override."""
+    return HVAE(**{**data_arguments(dataset), **arguments})
+
+
+def data_arguments(dataset: Dataset) -> dict:
+    """The arguments of HVAE that follow from the data's images and texts."""
     if len(dataset) == 0:
         raise InputError("the training set has no images")
     image, _ = dataset[0]
-    data = dict(
+    arguments = dict(
         input_channels=image.shape[0],
         input_size=tuple(image.shape[1:]),
         text_length=getattr(dataset, "text_length", None),
     )
-    if data["text_length"] is not None:
-        data["charset"] = dataset.charset
-    return HVAE(**{**data, **arguments})
+    if arguments["text_length"] is not None:
+        arguments["charset"] = dataset.charset
+    return arguments
 
 
 def validate_data(model: HVAE, dataset: Dataset) -> None:
@@ -967,7 +988,7 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """The checkpoint to begin with, or a config with its changes, for the data's images."""
     config = CONFIGS[args.config]
     if args.init:
-        return with_windows_of(HVAE.load(args.init), args)
+        return begin_with(dataset, args)
     if args.frozen_latents:
         raise InputError("--frozen-latents: untrained latents; begin with a checkpoint (--init)")
     names = ("inference", "likelihood", "sigma", "mixtures", "context", "prior_context", "flow")
@@ -984,10 +1005,10 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     return model
 
 
-def with_windows_of(model: HVAE, args: argparse.Namespace) -> HVAE:
-    """The checkpoint with the windows that it lacks and that the options or the config name."""
-    config = {"mixtures": 6, **CONFIGS[args.config]}
-    changes = {}
+def begin_with(dataset: Dataset, args: argparse.Namespace) -> HVAE:
+    """--init: the checkpoint, for the data's images and texts, with the windows asked for."""
+    model, config = HVAE.load(args.init), {"mixtures": 6, **CONFIGS[args.config]}
+    changes = data_arguments(dataset)
     context = args.context or (not model.config["context"] and config.get("context"))
     if context:
         mixtures = config["mixtures"] if args.mixtures is None else args.mixtures
@@ -995,7 +1016,14 @@ def with_windows_of(model: HVAE, args: argparse.Namespace) -> HVAE:
     prior_context = args.prior_context or config.get("prior_context")
     if prior_context and not model.config["prior_context"]:
         changes["prior_context"] = prior_context
-    return with_windows(model, **changes) if changes else model
+    if plain({**model.config, **changes}) == model.config:
+        return model
+    model, new = adapted(model, **changes)
+    blocks = sorted({".".join(name.split(".")[:3]) for name in new})
+    print(
+        f"{args.init}: taken over, but for {len(new)} tensors of {', '.join(blocks) or 'nothing'}"
+    )
+    return model
 
 
 def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:

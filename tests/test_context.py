@@ -11,7 +11,7 @@ import trainer
 from hvae.context import ContextNetwork, is_flat
 from hvae.distributions import Gaussian
 from model import HVAE
-from trainer import objective, train, with_windows
+from trainer import adapted, objective, train
 
 KINDS = [("logistic", 3), ("logistic", 1), ("bernoulli", 1), ("bernoulli", 2)]
 
@@ -209,7 +209,8 @@ def test_context_on_a_checkpoint_keeps_its_latents():
     outer = [("conv", 8, 2), ("res", 8)]
     config = dict(outer_config=outer, inner_config=[[("res", 8)]], input_size=(6, 8))
     model = HVAE(**config, text_length=None).eval()
-    changed = with_windows(model, context=(2, 2), mixtures=3, prior_context=(1, 1)).eval()
+    changed, _ = adapted(model, context=(2, 2), mixtures=3, prior_context=(1, 1))
+    changed.eval()
     x = images("logistic", 3, 3, 6, 8).float()
     draw = lambda m: m.encode(x, generator=torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(draw(model), draw(changed), strict=True))

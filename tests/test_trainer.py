@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Subset, TensorDataset
@@ -22,6 +23,7 @@ from torchvision.utils import save_image
 
 import trainer
 from dataset import CaptchaDataset, CaptchaFolder
+from generate import test_images
 from hvae.checkpoint import read_csv, read_tensors, write_csv
 from hvae.run import GradientClipper, ema_with_warmup
 from model import HVAE
@@ -1184,6 +1186,34 @@ def test_command_line_evaluates(small, tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == files  # nothing is trained
 
 
+def test_a_checkpoint_is_measured_on_the_folder_that_it_was_trained_on(small, tmp_path, capsys):
+    """Never on renders in silence; on the split 'test', which it has not seen."""
+    trainer.main(small)
+    capsys.readouterr()
+    checkpoint = str(tmp_path / "out" / "hvae.pt")
+    model, folder = HVAE.load(checkpoint), CaptchaFolder(small[1])
+    held_out = folder.other_split("test", 512)
+    trainer.main(["--evaluate", checkpoint, "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert f"{len(held_out)} images" in printed
+    assert f"{-evaluate(model, held_out)['elbo']:,.2f}" in printed
+    assert test_images(model).order == held_out.order
+    other = image_folder(tmp_path / "other", ["AB"] * 3)
+    assert len(test_images(model, folder=other)) == 3
+    Path(small[1]).rename(tmp_path / "moved")
+    assert "is gone; name a --folder" in last_line(["--evaluate", checkpoint], capsys)
+    model.provenance = {"data": "MyDataset"}
+    with pytest.raises(ValueError, match="data of your own"):
+        test_images(model)
+
+
+def test_grey_folders_train_grey_models(small, tmp_path):
+    for path in Path(small[1]).iterdir():
+        Image.open(path).convert("L").save(path)
+    trainer.main(small)
+    assert HVAE.load(tmp_path / "out" / "hvae.pt").input_shape == (1, 16, 32)
+
+
 def test_command_line_begins_with_a_checkpoint(small, tmp_path, capsys):
     model = tiny_captcha(sigma=0.3)
     nn.init.normal_(model.to_image.bias)
@@ -1196,8 +1226,34 @@ def test_command_line_begins_with_a_checkpoint(small, tmp_path, capsys):
     assert trained.provenance["steps"] == 9 and trained.provenance["began_with"] == {"steps": 7}
     for name, weight in model.named_parameters():
         torch.testing.assert_close(trained.get_parameter(name), weight, atol=1e-6, rtol=1e-5)
-    line = last_line([*small, *init, "--out", str(tmp_path / "other")], capsys)
-    assert "texts have 0 symbols" in line  # the data have none
+
+
+def test_what_fits_is_taken_over_from_a_checkpoint_of_other_images(small, tmp_path, capsys):
+    """Another size and another charset: the shared symbols keep their embeddings."""
+    model = tiny_captcha(input_size=(24, 40), charset="BCX")
+    nn.init.normal_(model.to_image.bias)
+    model.save(tmp_path / "model.pt")
+    options = ["--lr", "1e-12", "--length", "2", "--charset", "AB", "--init"]
+    trainer.main([*small, *options, str(tmp_path / "model.pt")])
+    assert "taken over, but for" in capsys.readouterr().out
+    trained = HVAE.load(tmp_path / "out" / "hvae.pt")
+    assert trained.input_shape == (3, 16, 32) and trained.charset == "AB"
+    close = functools.partial(torch.testing.assert_close, atol=1e-6, rtol=1e-5)
+    close(trained.to_image.weight, model.to_image.weight)
+    close(trained.texts[0].embedding.weight[1], model.texts[0].embedding.weight[0])  # of B
+
+
+def test_the_best_model_is_kept(tmp_path, monkeypatch):
+    """Held-out -ELBOs of 3, 2 and 4 nats: the second model is the one."""
+    nats = iter([3.0, 2.0, 4.0])
+    original = trainer.evaluate
+    fake = lambda *args, **more: {**original(*args, **more), "elbo": -next(nats)}
+    monkeypatch.setattr(trainer, "evaluate", fake)
+    model, history = fit(tmp_path / "out", steps=6, eval_every=2, keep=True)
+    assert [row["val_neg_elbo"] for row in history if "val_neg_elbo" in row] == [3, 2, 4]
+    assert model.provenance["steps"] == 4
+    second = HVAE.load(tmp_path / "out" / "hvae-000004.pt")
+    assert all(map(torch.equal, model.state_dict().values(), second.state_dict().values()))
 
 
 def test_command_line_fits_the_prior(small, tmp_path, monkeypatch, capsys):
