@@ -148,7 +148,7 @@ class Level(nn.Module):
         self.top_down = top_down
         self.p = None if top else Head(c_h, c_h, c_z, size, logvar=0.0)
         self.flow: Flow | None = None  # of the top level, see HVAE
-        self.window: WindowNetwork | None = None  # of a map below the top
+        self.window: WindowNetwork | None = None  # of a map
         # at the start z must exceed its sampling noise, or the decoder learns to ignore it
         self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0, scale=3.0)
         self.from_z = project(c_z, c_out, size)
@@ -156,14 +156,18 @@ class Level(nn.Module):
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
 
     def prior(self, h: Tensor) -> Prior:
-        """p(z_l | z_{l+1..L}); p(z_L) takes only the number of images from h."""
+        """p(z_l | z_{l+1..L}); p(z_L) is N(0, I), and takes only the number of images from h,
+        unless it has a flow or a window.
+        """
         if self.p is None:
             zeros = torch.zeros(len(h), *self.shape, device=h.device)
-            standard = DiagonalGaussian(zeros, zeros)
-            return standard if self.flow is None else FlowPrior(standard, self.flow)
-        p = self.p(h)
-        # a variance from e^-2 to e^2: with a smaller one, KLs can explode
-        p = DiagonalGaussian(p.mu, 2 * torch.tanh(p.logvar / 2))
+            p = DiagonalGaussian(zeros, zeros)
+        else:
+            p = self.p(h)
+            # a variance from e^-2 to e^2: with a smaller one, KLs can explode
+            p = DiagonalGaussian(p.mu, 2 * torch.tanh(p.logvar / 2))
+        if self.flow is not None:
+            return FlowPrior(p, self.flow)
         return p if self.window is None else WindowPrior(p, self.window, h)
 
     def posterior(self, d: Tensor, h: Tensor, p: Prior) -> DiagonalGaussian:
@@ -230,8 +234,8 @@ class HVAE(nn.Module):
         context: (rows, columns) of earlier pixels that p(x_i | z) sees as well, for the bernoulli
             and the logistic: see hvae/context.py. None: pixels are independent given z.
         prior_context: (rows, columns) of earlier positions that the prior of a latent map sees as
-            well, for every map below z_L: see hvae/prior.py. None: positions are independent
-            given the levels above.
+            well: see hvae/prior.py. z_L of a chain has none. None: positions are independent given
+            the levels above.
         flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector;
             0 keeps N(0, I). None is 24 for such a top of a ladder, otherwise 0.
         text_length, charset: condition on texts of that length; None is the unconditional model.
@@ -287,7 +291,7 @@ class HVAE(nn.Module):
             c_out = down[l][0].c_in if down[l] else widths[l]
             shape = (c_z[l], *sizes[l])
             self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down))
-            if prior_context is not None and sizes[l] and not top:
+            if prior_context is not None and sizes[l] and (self.top_down or not top):
                 self.levels[l].window = WindowNetwork(c_z[l], c_h, prior_context)
         if flow:
             self.levels[-1].flow = Flow(c_z[-1], flow)

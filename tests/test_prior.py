@@ -88,6 +88,20 @@ def test_elbo_is_a_bound_of_its_own_importance_weights():
     assert torch.allclose(elbo, weight, atol=1.0)
 
 
+@pytest.mark.parametrize("inference, has_window", [("top-down", True), ("bottom-up", False)])
+def test_the_top_of_a_ladder_may_be_a_map_with_a_window(inference, has_window):
+    """Its prior then depends on the text, by h, and on nothing else."""
+    torch.manual_seed(0)
+    config = {**SMALL, "inner_config": [[("conv", 8, 2)]], "latent_channels": 2}
+    model = HVAE(**{**config, "text_length": 2, "inference": inference}).eval()
+    assert (model.levels[-1].window is not None) == has_window
+    x, y = torch.rand(2, 3, 16, 24), torch.tensor([[0, 1], [2, 3]])
+    terms = model(x, y, draws=2000)
+    elbo, weight = (t.view(2, -1).mean(1) for t in (terms.elbo, terms.log_weight))
+    assert torch.allclose(elbo, weight, atol=1.0)
+    assert model.sample(2, ["7K", "QX"]).isfinite().all()
+
+
 def test_trained_saved_and_sampled(tmp_path):
     model = HVAE(**SMALL)
     data = [(torch.rand(3, 16, 24), torch.zeros(0, dtype=torch.long)) for _ in range(40)]
