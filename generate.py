@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -32,6 +34,7 @@ from model import HVAE
 FOLDER = Path(__file__).resolve().parent / "checkpoints"
 CHECKPOINTS = {"captcha": FOLDER / "hvae.pt", "mnist": FOLDER / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
+CAPTION = 12  # pixels of the text below a sample
 SHEET = 1024  # images on a sheet, which is in memory all at once; a multiple of BATCH
 TEXTURE, GLYPHS, TOP = 0.9, 0.3, 0.8  # usual temperatures of the lower, the middle, the top levels
 Temperature = float | Sequence[float] | None  # for every level, or each, z_1 first; None: the usual
@@ -87,8 +90,11 @@ def sample_sheet(
     temperature: Temperature = None,
     seed: int = 0,
     columns: int | None = None,
+    captions: bool = False,
 ) -> Tensor:
     """n samples side by side: one image (3, H', W') in [0, 1]; by default 640 pixels wide or so.
+
+    `captions` puts the text that was asked for below each sample.
 
     Raises:
         ValueError: n < 1 or above SHEET, a bad temperature, or a text the model cannot draw.
@@ -96,8 +102,20 @@ def sample_sheet(
     validate_int("n", n, 1)
     if n > SHEET:
         raise InputError(f"n: a sheet holds at most {SHEET} images, got {n}")
-    images = [images for images, _ in sample_batches(model, n, text, temperature, seed)]
+    batches = sample_batches(model, n, text, temperature, seed)
+    images = [captioned(*batch) if captions else batch[0] for batch in batches]
     return grid(torch.cat(images), columns or columns_for(model))
+
+
+def captioned(images: Tensor, texts: Sequence[str]) -> Tensor:
+    """Images (n, C, H, W) above their texts, (n, C, H + 12, W)."""
+    c, _, w = images.shape[1:]
+    strips = []
+    for text in texts:
+        strip = Image.new("L", (w, CAPTION), "white")
+        ImageDraw.Draw(strip).text((2, 0), text, "black")
+        strips.append(pil_to_tensor(strip).expand(c, -1, -1).float() / 255)
+    return torch.cat([images, torch.stack(strips)], 2)
 
 
 def save_sheets(
@@ -107,8 +125,9 @@ def save_sheets(
     text: str | None = None,
     temperature: Temperature = None,
     seed: int = 0,
+    captions: bool = False,
 ) -> list[Path]:
-    """Writes n samples on sheets of at most SHEET; returns their paths.
+    """Writes n samples, with captions on request, on sheets of at most SHEET; returns their paths.
 
     One sheet is `path`, several are NAME-001.png, NAME-002.png, ... One is in memory at a time.
 
@@ -122,7 +141,8 @@ def save_sheets(
     batches = sample_batches(model, n, text, temperature, seed)
     with tqdm(total=n, unit="image", disable=n <= SHEET) as bar:
         for i, _ in enumerate(range(0, n, SHEET)):
-            images = torch.cat([images for images, _ in islice(batches, SHEET // BATCH)])
+            parts = islice(batches, SHEET // BATCH)
+            images = torch.cat([captioned(*part) if captions else part[0] for part in parts])
             paths.append(path if n <= SHEET else path.with_stem(f"{path.stem}-{i + 1:03d}"))
             write_image(grid(images, columns_for(model)), paths[-1])
             bar.update(len(images))
@@ -524,6 +544,7 @@ def sampling_parser() -> argparse.ArgumentParser:
         help="times the priors' noise; one number, or one for each level, z_1 first; default: "
         f"{TOP} for the top level, {GLYPHS} for the middle, {TEXTURE} for the lowest ones",
     )
+    add("--captions", action="store_true", help="the texts asked for, below the samples")
     add("--seed", type=int, default=0, help="another seed gives other samples")
     add("--individual", type=path_argument, metavar="DIR", help="one file per image, no sheet")
     add("--resume", action="store_true", help="go on with the files of --individual, same options")
@@ -535,11 +556,11 @@ def sampling_parser() -> argparse.ArgumentParser:
 def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     """The options that have no effect, by the reason."""
     if args.figures:
-        sheet = {"individual", "out", "n", "text", "temperature", "seed"}
+        sheet = {"individual", "out", "n", "text", "temperature", "seed", "captions"}
         return {"with --figures": sheet | {"resume"}}
     unused = {"without --figures": {"root", "folder"}}
     unused["with --individual" if args.individual else "without --individual"] = (
-        {"out"} if args.individual else {"resume"}
+        {"out", "captions"} if args.individual else {"resume"}
     )
     if args.checkpoint:
         unused["with --checkpoint"] = {"data"}
@@ -564,7 +585,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_individual(model, args.individual, *request, args.resume)
             print(f"{args.n} images in {args.individual}")
         else:
-            paths = save_sheets(model, args.out, *request)
+            paths = save_sheets(model, args.out, *request, args.captions)
             sheets = f"{paths[0]} to {paths[-1]}" if len(paths) > 1 else paths[0]
             print(f"{args.n} samples on {sheets}")
 

@@ -279,6 +279,21 @@ def test_individual_files_go_on_after_an_interruption(conditional, monkeypatch):
     assert len(kept) == 60 and all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
+def test_captions_stand_below_the_samples(conditional):
+    """Another text, another caption; the samples themselves are as without."""
+    plain, captioned = sheet(conditional, "--n", 3), sheet(conditional, "--n", 3, "--captions")
+    tile = lambda image, i, h: image[:, 2 : 2 + h, 2 + i * (W + 2) : 2 + i * (W + 2) + W]
+    height = H + generate.CAPTION
+    for i in range(3):
+        assert torch.equal(tile(captioned, i, height)[:, :H], tile(plain, i, H))
+    below = [
+        tile(sheet(conditional, "--n", 1, "--text", text, "--captions"), 0, height)[:, H:]
+        for text in ("AB", "BA", "AB")
+    ]
+    assert below[0].min() < 128 < below[0].max()
+    assert torch.equal(below[0], below[2]) and not torch.equal(below[0], below[1])
+
+
 def test_a_text_is_upper_cased_where_the_charset_is(conditional):
     assert torch.equal(sheet(conditional, "--text", "ab"), sheet(conditional, "--text", "AB"))
 
