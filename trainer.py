@@ -75,7 +75,7 @@ class Hyperparameters:
     batch_size: int = option(32, "images per step", 1)
     lr: float = option(2e-3, "peak of AdamW's learning rate, which falls as a cosine to 2%%", 1e-12)
     warmup: int | None = option(
-        None, "steps over which the learning rate rises; default: 200, at most a tenth of all", 0
+        None, "steps over which the learning rate rises; default: 200, at most half of all", 0
     )
     beta_start: float | None = option(
         None, "weight of the KL at the start; it goes to 1; default: 5, in a short run 1", 1e-12
@@ -132,7 +132,7 @@ class Hyperparameters:
     def schedule(self) -> dict[str, float]:
         """The defaults that depend on the number of steps."""
         return {
-            "warmup": min(200, self.steps // 10),
+            "warmup": min(200, self.steps // 2),
             "beta_start": 1.0 if self.is_short else 5.0,
             "beta_steps": max(1, round(0.7 * self.steps)),
             "closed_share": 0.0 if self.is_short else 0.5,

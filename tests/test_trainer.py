@@ -725,7 +725,7 @@ def test_closed_levels_of_a_batch(levels, share, top_share, at_first, later):
 
 @pytest.mark.parametrize(
     "steps, expected",
-    [(300, (30, 1.0, 210, 0.0, [0, 0])), (11_000, (200, 5.0, 7_700, 0.5, [40, 80]))],
+    [(300, (150, 1.0, 210, 0.0, [0, 0])), (11_000, (200, 5.0, 7_700, 0.5, [40, 80]))],
 )
 def test_schedules_follow_the_number_of_steps(steps, expected):
     hp = Hyperparameters(steps=steps)
