@@ -296,6 +296,12 @@ class CaptchaFolder(Dataset):
                     raise
                 warnings.warn(f"skipped: {error}", stacklevel=2)
                 self.skipped.append(path)
+        names = {path.relative_to(self.root).as_posix() for path in self.paths + self.skipped}
+        if missing := sorted(self.labels.keys() - names):
+            warnings.warn(
+                f"{root}/labels.csv: no images for {len(missing)} names, such as {missing[0]}",
+                stacklevel=2,
+            )
         if not self.paths:
             raise InputError(f"{root}: none of its {len(self.skipped)} images is good")
         self.channels = channels or self.channels

@@ -586,6 +586,9 @@ def test_labels_csv_stands_beside_names(tmp_path):
     folder = CaptchaFolder(tmp_path, text_length=2)
     texts = {path.name: text for path, text in zip(folder.paths, folder.texts, strict=True)}
     assert texts == {"one.png": "AB", "two.png": "CD", "XY_3.png": "XY"}
+    (tmp_path / "labels.csv").write_text("name,text\none.png,AB\nsub/two.png,CD\ngone.png,AB\n")
+    with pytest.warns(UserWarning, match=r"no images for 1 names, such as gone\.png"):
+        assert len(CaptchaFolder(tmp_path, text_length=2)) == 3
     (tmp_path / "labels.csv").write_text("file,text\none.png,AB\n")
     with pytest.raises(ValueError, match=r"labels\.csv: expected rows of name,text"):
         CaptchaFolder(tmp_path, text_length=2)
