@@ -39,7 +39,7 @@ from tqdm import tqdm
 from hvae.cache import FileCache, MemoryCache
 from hvae.cli import make_parser, one_line_errors, path_argument
 from hvae.pictures import write_image
-from hvae.text import DIGITS, UPPERCASE, decode_text, encode_text
+from hvae.text import DIGITS, UPPERCASE, decode_text, encode_text, match_case
 from hvae.validate import (
     InputError,
     is_int,
@@ -101,9 +101,8 @@ def render(renderer: captcha.image.ImageCaptcha, text: str, stream: random.Rando
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB or grey image as uint8 (C, H, W)."""
-    return (
-        torch.from_numpy(np.array(image)).view(*image.size[::-1], -1).permute(2, 0, 1).contiguous()
-    )
+    width, height = image.size
+    return torch.from_numpy(np.array(image)).view(height, width, -1).permute(2, 0, 1).contiguous()
 
 
 @dataclass(eq=False)
@@ -341,8 +340,7 @@ class CaptchaFolder(Dataset):
         if text is None:
             text = re.split(f"[{re.escape(SEPARATORS)}]", path.name, maxsplit=1)[0]
             source = "its name should begin with"
-        if not any(symbol.islower() for symbol in self.charset):
-            text = text.upper()
+        text = match_case(text, self.charset)
         if len(text) != self.text_length or not set(text) <= set(self.charset):
             expected = f"{self.text_length} symbols of {self.charset}"
             raise InputError(f"{path}: {source} {expected}, got {text!r}")
@@ -350,9 +348,9 @@ class CaptchaFolder(Dataset):
 
     def indices(self, split: str | None) -> list[int]:
         """The images of a split. Where chance leaves it none, the nearest hash is taken."""
-        places = [int(digest, 16) / 2**64 for digest in self.hashes]
         if split is None:
-            return list(range(len(places)))
+            return list(range(len(self.paths)))
+        places = [int(digest, 16) / 2**64 for digest in self.hashes]
         split_of = ["val" if at < 0.1 else "test" if at < 0.2 else "train" for at in places]
         by_place = sorted(range(len(places)), key=places.__getitem__)
         for i, name in zip(by_place, SPLITS_BY_HASH, strict=False):

@@ -38,7 +38,7 @@ from hvae.distributions import (
 )
 from hvae.parallel import has_bf16, pick_device
 from hvae.prior import WindowNetwork, WindowPrior
-from hvae.text import DIGITS, UPPERCASE, encode_text
+from hvae.text import DIGITS, UPPERCASE, encode_text, match_case
 from hvae.validate import (
     InputError,
     is_int,
@@ -569,10 +569,9 @@ class HVAE(nn.Module):
             y = torch.randint(len(self.charset), shape, generator=generator, device=device)
             return y.to(self.device)
         texts = [text] * n if isinstance(text, str) else text
-        if isinstance(texts, (list, tuple)) and not any(c.islower() for c in self.charset):
-            texts = [t.upper() if isinstance(t, str) else t for t in texts]
         if not isinstance(texts, (list, tuple)) or len(texts) != n:
             raise InputError(f"text: expected a string or a list of {n}, got {text!r}")
+        texts = [match_case(t, self.charset) if isinstance(t, str) else t for t in texts]
         for t in texts:
             fits = isinstance(t, str) and len(t) == self.text_length and set(t) <= set(self.charset)
             if not fits:

@@ -534,11 +534,9 @@ def adapted(model: HVAE, **changes) -> tuple[HVAE, list[str]]:
     old, new = model.state_dict(), changed.state_dict()
     fits = {name: w for name, w in old.items() if name in new and w.shape == new[name].shape}
     for name in [name for name in new if name.endswith("embedding.weight") and name in old]:
-        shared = [c for c in changed.charset if c in model.charset]
-        fits[name] = new[name].clone()
-        fits[name][encode_text(shared, changed.charset)] = old[name][
-            encode_text(shared, model.charset)
-        ]
+        shared = "".join(c for c in changed.charset if c in model.charset)
+        before, now = (encode_text(shared, m.charset) for m in (model, changed))
+        fits[name] = new[name].index_copy(0, now, old[name][before])
     changed.load_state_dict({**new, **fits})
     c = changed.input_shape[0]
     if model.config["likelihood"] == "gaussian" and changed.context and c == model.input_shape[0]:
@@ -822,20 +820,12 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z)")
     add("--sigma", type=float, help="of the gaussian, for images in [-1, 1]")
     add("--mixtures", type=int, help="components of the logistic")
-    add(
-        "--context",
-        type=int,
-        nargs=2,
-        metavar=("ROWS", "COLUMNS"),
-        help="earlier pixels that p(x|z) sees, too; with --init in place of its likelihood",
-    )
-    add(
-        "--prior-context",
-        type=int,
-        nargs=2,
-        metavar=("ROWS", "COLUMNS"),
-        help="earlier positions that p(z_l|.) sees, too; may be added with --init",
-    )
+    windows = {
+        "--context": "earlier pixels that p(x|z) sees, too; with --init in place of its likelihood",
+        "--prior-context": "earlier positions that p(z_l|.) sees, too; may be added with --init",
+    }
+    for name, help in windows.items():
+        add(name, type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help=help)
     add("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I)")
     add("--unconditional", action="store_true", help="leave the texts unused")
     group = parser.add_argument_group("training")

@@ -23,6 +23,11 @@ def encode_text(text: str, charset: str = DIGITS + UPPERCASE) -> Tensor:
     return torch.tensor([charset.index(symbol) for symbol in text], dtype=torch.long)
 
 
+def match_case(text: str, charset: str) -> str:
+    """The text, upper-cased if the charset has no lower-case letters."""
+    return text if any(symbol.islower() for symbol in charset) else text.upper()
+
+
 def decode_text(indices: Tensor | Sequence[int], charset: str = DIGITS + UPPERCASE) -> str:
     """The text of indices (T,) into the charset; undoes encode_text.
 
