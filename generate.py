@@ -36,25 +36,10 @@ CHECKPOINTS = {"captcha": FOLDER / "hvae.pt", "mnist": FOLDER / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
 CAPTION = 12  # pixels of the text below a sample
 SHEET = 1024  # images on a sheet, which is in memory all at once; a multiple of BATCH
-TEXTURE, GLYPHS, TOP = 0.9, 0.3, 0.8  # usual temperatures of the lower, the middle, the top levels
-Temperature = float | Sequence[float] | None  # for every level, or each, z_1 first; None: the usual
+Temperature = float | Sequence[float]  # times the priors' noise: of all levels, or each, z_1 first
 
 
 # ---------------------------------------------------------------------------- samples
-
-
-def usual_temperature(model: HVAE) -> list[float]:
-    """Cold in the middle for clear glyphs, warm below for texture and above for variety."""
-    below = len(model.levels) - 1
-    texture = min((below + 2) // 2, below)
-    return [TEXTURE] * texture + [GLYPHS] * (below - texture) + [TOP]
-
-
-def temperatures(model: HVAE, temperature: Temperature) -> list[float]:
-    """One for each level, z_1 first."""
-    if temperature is None:
-        return usual_temperature(model)
-    return per_level("temperature", temperature, len(model.levels))
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -62,7 +47,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def sample_batches(
-    model: HVAE, n: int, text: str | None = None, temperature: Temperature = None, seed: int = 0
+    model: HVAE, n: int, text: str | None = None, temperature: Temperature = 1.0, seed: int = 0
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Yields (images (<= 64, C, H, W) in [0, 1], their texts or "") until n are drawn."""
     for draw, texts in lazy_batches(model, n, text, temperature, seed):
@@ -70,16 +55,15 @@ def sample_batches(
 
 
 def lazy_batches(
-    model: HVAE, n: int, text: str | None = None, temperature: Temperature = None, seed: int = 0
+    model: HVAE, n: int, text: str | None = None, temperature: Temperature = 1.0, seed: int = 0
 ) -> Iterator[tuple[Callable[[], Tensor], list[str]]]:
     """As sample_batches, with functions that draw the images: each batch has its own noise."""
-    T = temperatures(model, temperature)
     for k, first in enumerate(range(0, n, BATCH)):
         generator = seeded(seed + k * 1_000_003)
         count = min(BATCH, n - first)
         y = model.draw_text(count, text, generator)
         texts = None if y is None else [decode_text(row, model.charset) for row in y]
-        draw = partial(model.sample, count, texts, T, generator)
+        draw = partial(model.sample, count, texts, temperature, generator)
         yield lambda draw=draw: draw().cpu(), texts or [""] * count
 
 
@@ -87,7 +71,7 @@ def sample_sheet(
     model: HVAE,
     n: int = 32,
     text: str | None = None,
-    temperature: Temperature = None,
+    temperature: Temperature = 1.0,
     seed: int = 0,
     columns: int | None = None,
     captions: bool = False,
@@ -123,7 +107,7 @@ def save_sheets(
     path: str | Path,
     n: int,
     text: str | None = None,
-    temperature: Temperature = None,
+    temperature: Temperature = 1.0,
     seed: int = 0,
     captions: bool = False,
 ) -> list[Path]:
@@ -154,7 +138,7 @@ def save_individual(
     folder: str | Path,
     n: int,
     text: str | None = None,
-    temperature: Temperature = None,
+    temperature: Temperature = 1.0,
     seed: int = 0,
     resume: bool = False,
 ) -> None:
@@ -170,7 +154,7 @@ def save_individual(
     validate_int("n", n, 1)
     if model.text_length is not None and set(UNSAFE) & set(model.charset):
         raise InputError("the charset has symbols that a file's name cannot hold")
-    temperatures(model, temperature)  # errors come before a folder is made
+    per_level("temperature", temperature, len(model.levels))  # errors come before a folder is made
     model.draw_text(1, text, torch.Generator())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -235,16 +219,14 @@ def plot_samples(
     model: HVAE,
     n: int = 6,
     text: str | None = None,
-    temperatures: Sequence[Temperature] = (None, 0.3, 0.6, 1.0),
+    temperatures: Sequence[float] = (1.0, 0.8, 0.6, 0.3),
     seed: int = 0,
     path: str | Path | None = None,
 ) -> Figure:
     """Samples of the same texts, a row for each temperature."""
-    chosen = [usual_temperature(model) if T is None else T for T in temperatures]
     texts = draw_texts(model, n, text, seed)
-    rows = [model.sample(n, texts or None, T, seeded(seed)) for T in chosen]
-    name = lambda T: " ".join(f"{t:g}" for t in T) if isinstance(T, list | tuple) else f"{T:g}"
-    return plot_rows(rows, [f"T = {name(T)}" for T in chosen], path, texts)
+    rows = [model.sample(n, texts or None, T, seeded(seed)) for T in temperatures]
+    return plot_rows(rows, [f"T = {T:g}" for T in temperatures], path, texts)
 
 
 def plot_reconstructions(
@@ -322,7 +304,7 @@ def plot_prior_vs_aggregate(
     model: HVAE,
     dataset: Dataset,
     n: int = 6,
-    temperature: Temperature = None,
+    temperature: Temperature = 1.0,
     seed: int = 0,
     path: str | Path | None = None,
 ) -> Figure:
@@ -331,7 +313,7 @@ def plot_prior_vs_aggregate(
     The texts are the same. Where N(0, I) is the prior, rows that look different show that it
     covers regions that no image is encoded to.
     """
-    T = temperatures(model, temperature)
+    T = per_level("temperature", temperature, len(model.levels))
     texts = draw_texts(model, n, None, seed)
     y = model.draw_text(n, texts or None)
     aggregate = fit_aggregate(model, dataset, n, seed=seed)
@@ -540,9 +522,9 @@ def sampling_parser() -> argparse.ArgumentParser:
         "--temperature",
         type=float,
         nargs="+",
+        default=1.0,
         metavar="T",
-        help="times the priors' noise; one number, or one for each level, z_1 first; default: "
-        f"{TOP} for the top level, {GLYPHS} for the middle, {TEXTURE} for the lowest ones",
+        help="times the priors' noise; one number, or one for each level, z_1 first; 1 draws p(x)",
     )
     add("--captions", action="store_true", help="the texts asked for, below the samples")
     add("--seed", type=int, default=0, help="another seed gives other samples")

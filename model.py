@@ -56,14 +56,15 @@ INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)]
 
 # Arguments of HVAE by name.
 BINARY_DIGITS = dict(
-    input_size=(28, 28), input_channels=1, likelihood="bernoulli", text_length=None
+    input_size=(28, 28),
+    input_channels=1,
+    likelihood="bernoulli",
+    context=None,
+    prior_context=None,
+    text_length=None,
 )
 CONFIGS = {
     "captcha": {},
-    # a true probability of 8-bit images, on the same latents
-    "captcha-context": dict(
-        likelihood="logistic", context=(3, 3), mixtures=6, prior_context=(3, 3)
-    ),
     # the flat VAE of many a first course: three convolutions, a dense layer, a latent plane
     "mnist-vae": dict(
         outer_config=[("conv", 32), ("conv", 32), ("conv", 64, 2), ("dense", 128)],
@@ -86,6 +87,7 @@ CONFIGS = {
     ),
 }
 
+WITHOUT_WINDOWS = {"context": None, "prior_context": None}  # of files older than these arguments
 MAX_LATENT = 2**16  # channels of a latent
 
 Prior = DiagonalGaussian | FlowPrior | WindowPrior
@@ -228,14 +230,14 @@ class HVAE(nn.Module):
         latent_channels: of all latents, or one number for each level, z_1 first; None is
             `latent_width` of each level.
         inference: 'top-down' (ladder) or 'bottom-up' (Markov chain).
-        likelihood: 'gaussian', 'bernoulli' or 'logistic'.
-        sigma: of the gaussian, for images in [-1, 1]; None learns it.
-        mixtures: components of the logistic.
-        context: (rows, columns) of earlier pixels that p(x_i | z) sees as well, for the bernoulli
-            and the logistic: see hvae/context.py. None: pixels are independent given z.
+        likelihood: 'logistic' for 8-bit images, 'bernoulli' for binary ones, or 'gaussian'.
+        context: (rows, columns) of earlier pixels that p(x_i | z) sees as well: see
+            hvae/context.py. None, which a gaussian needs: pixels are independent given z.
         prior_context: (rows, columns) of earlier positions that the prior of a latent map sees as
             well: see hvae/prior.py. z_L of a chain has none. None: positions are independent given
             the levels above.
+        mixtures: components of the logistic.
+        sigma: of the gaussian, for images in [-1, 1]; None learns it.
         flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector;
             0 keeps N(0, I). None is 24 for such a top of a ladder, otherwise 0.
         text_length, charset: condition on texts of that length; None is the unconditional model.
@@ -252,11 +254,11 @@ class HVAE(nn.Module):
         input_channels: int = 3,
         latent_channels: int | Sequence[int] | None = None,
         inference: str = "top-down",
-        likelihood: str = "gaussian",
+        likelihood: str = "logistic",
+        context: tuple[int, int] | None = (3, 3),
+        prior_context: tuple[int, int] | None = (3, 3),
+        mixtures: int = 6,
         sigma: float | None = 0.4,
-        mixtures: int = 1,
-        context: tuple[int, int] | None = None,
-        prior_context: tuple[int, int] | None = None,
         flow: int | None = None,
         text_length: int | None = 4,
         charset: str = DIGITS + UPPERCASE,
@@ -291,7 +293,8 @@ class HVAE(nn.Module):
             c_out = down[l][0].c_in if down[l] else widths[l]
             shape = (c_z[l], *sizes[l])
             self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down))
-            if prior_context is not None and sizes[l] and (self.top_down or not top):
+            sees_more = self.top_down or not top
+            if prior_context is not None and len(sizes[l]) and pixels(sizes[l]) > 1 and sees_more:
                 self.levels[l].window = WindowNetwork(c_z[l], c_h, prior_context)
         if flow:
             self.levels[-1].flow = Flow(c_z[-1], flow)
@@ -650,7 +653,7 @@ class HVAE(nn.Module):
         """
         config, weights, provenance = load_checkpoint(path)
         try:
-            model = cls(**config)
+            model = cls(**{**WITHOUT_WINDOWS, **config})
             model.load_state_dict(weights)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = textwrap.shorten(str(error), 500)  # torch lists every weight
@@ -768,7 +771,7 @@ def validate_arguments(**arguments) -> None:
         if window is not None and not (pair and all(is_int(n, 1) for n in window)):
             raise InputError(f"{name}: expected (rows, columns), both >= 1, got {window!r}")
     if arguments["context"] is not None and arguments["likelihood"] == "gaussian":
-        raise InputError("context: expected the likelihood 'bernoulli' or 'logistic'")
+        raise InputError("context: the likelihood 'gaussian' has none; pass context=None")
     if sigma is not None and not (isinstance(sigma, Real) and 0 < sigma < 1e30):
         raise InputError(f"sigma: expected a positive number or None, got {sigma!r}")
     if arguments["text_length"] is not None:

@@ -97,7 +97,7 @@ class Hyperparameters:
     )
     ema: float = option(0.999, "decay of the averaged weights", 0, 1)
     pixel_weight: float = option(
-        1.0,
+        0.05,
         "weight of log p(x|z) of a context of 8-bit images; below 1, a Gaussian of z's guess "
         "teaches the latents",
         0,
@@ -180,7 +180,6 @@ class Hyperparameters:
 LIKELIHOOD_FIRST = dict(beta_start=0.1, beta_steps=2_000, free_nats=[0.0], closed_share=0.0)
 TRAINING = {
     "captcha": {},
-    "captcha-context": {"pixel_weight": 0.05},
     "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 5_000},
     "mnist-hvae": {
         **LIKELIHOOD_FIRST,
@@ -529,7 +528,7 @@ def adapted(model: HVAE, **changes) -> tuple[HVAE, list[str]]:
     """
     config = {**model.config, **changes}
     if config["context"] and config["likelihood"] == "gaussian":
-        config["likelihood"] = "logistic"
+        config.update(likelihood="logistic", mixtures=changes.get("mixtures", 6))
     changed = HVAE(**config)
     old, new = model.state_dict(), changed.state_dict()
     fits = {name: w for name, w in old.items() if name in new and w.shape == new[name].shape}
@@ -821,8 +820,8 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--sigma", type=float, help="of the gaussian, for images in [-1, 1]")
     add("--mixtures", type=int, help="components of the logistic")
     windows = {
-        "--context": "earlier pixels that p(x|z) sees, too; with --init in place of its likelihood",
-        "--prior-context": "earlier positions that p(z_l|.) sees, too; may be added with --init",
+        "--context": "earlier pixels that p(x|z) sees, too; 3 3, and 0 0 for none",
+        "--prior-context": "earlier positions that p(z_l|.) sees, too; 3 3, and 0 0 for none",
     }
     for name, help in windows.items():
         add(name, type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help=help)
@@ -893,8 +892,7 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     if args.fit_prior:
         unused["with --fit-prior"] = (training - {"seed"}) | architecture
     elif args.init:
-        adds_context = args.context or CONFIGS[args.config].get("context")
-        kept = {"config", "prior_context"} | ({"context", "mixtures"} if adds_context else set())
+        kept = {"config", "context", "prior_context"} | ({"mixtures"} if args.context else set())
         unused["with --init"] = architecture - kept
     return unused
 
@@ -982,7 +980,9 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     if args.frozen_latents:
         raise InputError("--frozen-latents: untrained latents; begin with a checkpoint (--init)")
     names = ("inference", "likelihood", "sigma", "mixtures", "context", "prior_context", "flow")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    changes = given_arguments(args, names)
+    if args.likelihood == "gaussian":
+        changes.setdefault("context", None)
     if args.unconditional:
         changes["text_length"] = None
     of_the_data = ("input_size", "input_channels", "text_length")
@@ -995,17 +995,16 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     return model
 
 
+def given_arguments(args: argparse.Namespace, names: Sequence[str]) -> dict:
+    """Arguments of HVAE that the command line gives; a window of 0 0 is none."""
+    values = {name: getattr(args, name) for name in names}
+    return {k: None if v == [0, 0] else v for k, v in values.items() if v is not None}
+
+
 def begin_with(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """--init: the checkpoint, for the data's images and texts, with the windows asked for."""
-    model, config = HVAE.load(args.init), {"mixtures": 6, **CONFIGS[args.config]}
-    changes = data_arguments(dataset)
-    context = args.context or (not model.config["context"] and config.get("context"))
-    if context:
-        mixtures = config["mixtures"] if args.mixtures is None else args.mixtures
-        changes.update(context=context, mixtures=mixtures)
-    prior_context = args.prior_context or config.get("prior_context")
-    if prior_context and not model.config["prior_context"]:
-        changes["prior_context"] = prior_context
+    model, changes = HVAE.load(args.init), data_arguments(dataset)
+    changes.update(given_arguments(args, ("context", "prior_context", "mixtures")))
     if plain({**model.config, **changes}) == model.config:
         return model
     model, new = adapted(model, **changes)

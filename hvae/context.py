@@ -304,6 +304,8 @@ class Pixels:
         batch = len(self.parameters)
         dtype = self.network.from_z.weight.dtype
         empty = torch.zeros(batch, c, h, w, device=device, dtype=dtype)
+        if not batch:
+            return empty
         canvas, low, high = (self.canvas(empty, outside) for outside in (self.outside, 255, 0))
         source = generator.device if generator else device
         shape = (batch * h * w, c, 2)

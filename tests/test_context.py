@@ -237,7 +237,9 @@ def test_a_density_has_no_context():
 def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
     torch.manual_seed(0)
     outer = [("conv", 8, 2), ("res", 8)]
-    ladder = HVAE(outer, [[("res", 8)]], (16, 32), text_length=2, charset="AB")
+    size, texts = (16, 32), dict(text_length=2, charset="AB")
+    plain = dict(likelihood="gaussian", context=None, prior_context=None)
+    ladder = HVAE(outer, [[("res", 8)]], size, **texts, **plain)
     ladder.save(tmp_path / "ladder.pt")
     data = [
         "--size",
@@ -255,7 +257,8 @@ def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
         "cpu",
     ]
     short = ["--steps", "2", "--batch-size", "4", "--eval-every", "2"]
-    config, out = ["--config", "captcha-context"], ["--out", str(tmp_path / "run")]
+    config, out = ["--context", "3", "3"], ["--out", str(tmp_path / "run")]
+    config += ["--prior-context", "3", "3"]
     init = ["--init", str(tmp_path / "ladder.pt"), "--frozen-latents", "--pixel-weight", "1"]
     trainer.main([*config, *init, *data, *short, *out])
     model = HVAE.load(tmp_path / "run" / "hvae.pt")

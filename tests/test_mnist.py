@@ -46,8 +46,9 @@ def flat_vae():
 def one_latent(inference="top-down", channels=1):
     """A dense model of 4x4 images."""
     torch.manual_seed(0)
-    images = dict(input_size=(4, 4), input_channels=1, likelihood="bernoulli", text_length=None)
-    return HVAE([("dense", 8)], [], latent_channels=channels, inference=inference, **images).eval()
+    images = dict(input_size=(4, 4), input_channels=1, likelihood="bernoulli", context=None)
+    latent = dict(latent_channels=channels, inference=inference)
+    return HVAE([("dense", 8)], [], **images, **latent, text_length=None).eval()
 
 
 # ---------------------------------------------------------------------------- data

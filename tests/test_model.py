@@ -19,7 +19,16 @@ from hvae.blocks import plan
 from hvae.checkpoint import read_tensors, write_tensors
 from hvae.distributions import DiagonalGaussian, kl_divergence, quantiles
 from hvae.validate import InputError
-from model import CONFIGS, DIGITS, HVAE, INNER_CONFIG, OUTER_CONFIG, UPPERCASE, latent_width
+from model import (
+    CONFIGS,
+    DIGITS,
+    HVAE,
+    INNER_CONFIG,
+    OUTER_CONFIG,
+    UPPERCASE,
+    WITHOUT_WINDOWS,
+    latent_width,
+)
 
 MODES = ["top-down", "bottom-up"]
 modes = pytest.mark.parametrize("inference", MODES)
@@ -47,9 +56,11 @@ cases = pytest.mark.parametrize("case", CASES)
 
 
 def tiny(inference="top-down", **arguments):
-    """A seeded two-level model of 6x8 grey images; `arguments` replace any of HVAE's."""
+    """A seeded two-level model of 6x8 grey images, without windows; `arguments` replace any."""
     torch.manual_seed(0)
     config = dict(
+        WITHOUT_WINDOWS,
+        mixtures=1,
         outer_config=[("conv", 4, 2)],
         inner_config=[[("res", 4)]],
         input_size=(6, 8),
@@ -633,7 +644,8 @@ def test_wrong_temperature(temperature):
 
 @pytest.mark.parametrize("length, text", [(None, None), (2, None), (2, "AB"), (2, [])])
 def test_sample_of_no_images(length, text):
-    assert tiny(text_length=length).sample(0, text).shape == (0, 1, 6, 8)
+    for windows in (WITHOUT_WINDOWS, {"context": (1, 1), "prior_context": (1, 1)}):
+        assert tiny(text_length=length, **windows).sample(0, text).shape == (0, 1, 6, 8)
 
 
 @modes
