@@ -25,7 +25,7 @@ FREE = torch.tensor([0.5, 1e6, 2.0])  # the middle level is free
 
 def three_levels():
     torch.manual_seed(0)
-    images = dict(input_size=(8, 12), input_channels=1, likelihood="bernoulli")
+    images = dict(input_size=(8, 12), input_channels=1, likelihood="bernoulli", context=None)
     texts = dict(text_length=1, charset="ABCD")
     blocks = [[("res", 4)], [("dense", 5)]]
     return HVAE([("conv", 4, 2)], blocks, latent_channels=3, flow=2, **images, **texts)

@@ -1339,7 +1339,7 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
         ("--init some.pt --unconditional", "--unconditional has no effect with --init"),
         ("--evaluate some.pt", "--batch-size has no effect with --evaluate"),
         ("--fit-prior some.pt", "--batch-size has no effect with --fit-prior"),
-        ("--likelihood gaussian --mixtures 3", "--mixtures has no effect on the likelihood 'gaussian'"),
+        ("--likelihood gaussian --mixtures 3", "--mixtures has no effect on the likelihood"),
         ("--likelihood bernoulli --sigma 1", "--sigma has no effect on the likelihood 'bernoulli'"),
     ],
 )
