@@ -4,7 +4,7 @@ CaptchaDataset renders CAPTCHAs on the fly, CaptchaFolder reads them from disk, 
 handwritten digits. Every item is a pair (image, label):
 
     image   float32 (3, H, W) in [0, 1]; (1, H, W) for grey folders and MNIST
-    label   int64 (T,), the text as indices into the charset
+    label   int64 (T,), the text as indices into the charset; a shorter one ends in blanks
 
 `python dataset.py` writes a sheet of rendered CAPTCHAs to captchas.png; --help lists the options.
 """
@@ -39,7 +39,7 @@ from tqdm import tqdm
 from hvae.cache import FileCache, MemoryCache
 from hvae.cli import make_parser, one_line_errors, path_argument
 from hvae.pictures import write_image
-from hvae.text import DIGITS, UPPERCASE, decode_text, encode_text, match_case
+from hvae.text import DIGITS, UPPERCASE, decode_text, encode_text, match_case, span
 from hvae.validate import (
     InputError,
     is_int,
@@ -118,6 +118,7 @@ class CaptchaDataset(Dataset):
         split: 'train', 'val' or 'test'.
         image_size: (H, W) in pixels.
         text_length, charset: of the texts. Symbols that the fonts lack are drawn as boxes.
+        shortest: symbols of the shortest text: lengths are drawn uniformly; None is text_length.
         fonts: TrueType files, one drawn per symbol; None is the font of the renderer.
         font_sizes: in pixels, one drawn per symbol; None is the renderer's (42, 50, 56).
         cache: 'memory' keeps the images in RAM, shared with the workers of a DataLoader; a folder
@@ -139,12 +140,15 @@ class CaptchaDataset(Dataset):
     fonts: Sequence[str | Path] | None = None
     font_sizes: Sequence[int] | None = None
     cache: str | Path | None = None
+    shortest: int | None = None
 
     def __post_init__(self):
         validate_int("size", self.size, 0, sys.maxsize)
         validate_choice("split", self.split, SPLITS)
         validate_image_size("image_size", self.image_size, MIN_SIDE)
         validate_int("text_length", self.text_length, 1)
+        self.shortest = self.text_length if self.shortest is None else self.shortest
+        validate_int("shortest", self.shortest, 1, self.text_length)
         validate_charset(self.charset)
         validate_int("seed", self.seed)
         if self.fonts is not None:
@@ -166,6 +170,7 @@ class CaptchaDataset(Dataset):
             "size": self.size,
             "image_size": [height, width],
             "text_length": self.text_length,
+            "shortest": self.shortest,
             "charset": self.charset,
             "fonts": [str(Path(font).resolve()) for font in self.fonts] if self.fonts else None,
             "font_sizes": list(self.font_sizes) if self.font_sizes else None,
@@ -195,13 +200,15 @@ class CaptchaDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         i = check_index(i, self.size)
         stream = random_stream(self.seed, self.split, i)
-        text = "".join(stream.choice(self.charset) for _ in range(self.text_length))
+        several = self.shortest < self.text_length
+        length = stream.randint(self.shortest, self.text_length) if several else self.text_length
+        text = "".join(stream.choice(self.charset) for _ in range(length))
         image = self.cached.get(i) if self.cached else None
         if image is None:
             image = render(self.renderer, text, stream)
             if self.cached:
                 self.cached.put(i, image)
-        return image.float() / 255, encode_text(text, self.charset)
+        return image.float() / 255, encode_text(text, self.charset, self.text_length)
 
 
 def check_index(i: int, size: int) -> int:
@@ -250,7 +257,8 @@ class CaptchaFolder(Dataset):
     Args:
         root: the folder.
         image_size: (H, W) to resize to; None keeps the size, which all images must share.
-        text_length: of the texts; None reads no texts, and the labels are empty, (0,).
+        text_length: of the longest texts; None reads no texts, and the labels are empty, (0,).
+        shortest: symbols that a text must have; None is 1.
         charset: of the texts; None is the digits and the upper-case letters.
         skip_bad: leave out files that would raise, with a warning each, and list them in `skipped`.
         channels: 3 (RGB) or 1 (grey); None is 1 if all files are grey.
@@ -272,6 +280,7 @@ class CaptchaFolder(Dataset):
         skip_bad: bool = False,
         channels: int | None = None,
         split: str | None = None,
+        shortest: int | None = None,
     ):
         self.charset = DIGITS + UPPERCASE if charset is None else charset
         validate_path("root", root)
@@ -280,9 +289,12 @@ class CaptchaFolder(Dataset):
             validate_image_size("image_size", image_size)
         if text_length is not None:
             validate_int("text_length", text_length, 1)
+            if shortest is not None:
+                validate_int("shortest", shortest, 1, text_length)
         validate_choice("channels", channels, (None, 1, 3))
         validate_choice("split", split, (None, *SPLITS))
         self.root, self.text_length, self.split = Path(root), text_length, split
+        self.shortest = 1 if shortest is None else shortest
         self.image_size = tuple(image_size) if image_size else None  # None until the first image
         self.labels = read_labels(self.root / "labels.csv")
         self.paths, self.texts, self.skipped, self.hashes = [], [], [], []
@@ -304,6 +316,7 @@ class CaptchaFolder(Dataset):
         if not self.paths:
             raise InputError(f"{root}: none of its {len(self.skipped)} images is good")
         self.channels = channels or self.channels
+        self.shortest = min(map(len, self.texts)) if text_length else None
         self.order = self.indices(split)
         self.description = {
             "folder": self.root.resolve().name,
@@ -341,8 +354,9 @@ class CaptchaFolder(Dataset):
             text = re.split(f"[{re.escape(SEPARATORS)}]", path.name, maxsplit=1)[0]
             source = "its name should begin with"
         text = match_case(text, self.charset)
-        if len(text) != self.text_length or not set(text) <= set(self.charset):
-            expected = f"{self.text_length} symbols of {self.charset}"
+        fits = self.shortest <= len(text) <= self.text_length
+        if not (fits and set(text) <= set(self.charset)):
+            expected = f"{span(self.shortest, self.text_length)} symbols of {self.charset}"
             raise InputError(f"{path}: {source} {expected}, got {text!r}")
         return text
 
@@ -383,7 +397,8 @@ class CaptchaFolder(Dataset):
         image = read_image(self.paths[i]).convert("L" if self.channels == 1 else "RGB")
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)  # with antialiasing
-        return to_tensor(image).float() / 255, encode_text(self.texts[i], self.charset)
+        label = encode_text(self.texts[i], self.charset, self.text_length)
+        return to_tensor(image).float() / 255, label
 
 
 def read_labels(path: Path) -> dict[str, str]:
@@ -579,15 +594,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--seed", type=int, default=0, help="another seed gives other images")
     option("--split", choices=SPLITS, default="train", help="the splits of a seed share no image")
     option("--length", type=int, default=4, help="symbols in a text")
+    option("--shortest", type=int, help="symbols in the shortest text; as many as in all")
     option("--charset", default=DIGITS + UPPERCASE, help="the symbols to draw from")
     option("--size", type=int, nargs=2, default=(60, 160), metavar=("H", "W"), help="in pixels")
     option("--fonts", type=path_argument, nargs="+", metavar="FILE", help="TrueType files")
     args = parser.parse_args(arguments)
     with one_line_errors(parser):
         validate_int("--n", args.n, 1)
-        dataset = CaptchaDataset(
-            args.n, args.split, args.size, args.length, args.charset, args.seed, args.fonts
-        )
+        look = (args.size, args.length, args.charset, args.seed, args.fonts)
+        dataset = CaptchaDataset(args.n, args.split, *look, shortest=args.shortest)
         if args.export:
             export(dataset, args.export)
         else:

@@ -465,7 +465,8 @@ def test_images(
     size, length = 512 if limit is None else limit, model.text_length or 4
     if data is None:
         fonts = fonts or origin.get("fonts")
-    return CaptchaDataset(size, "test", model.input_shape[1:], length, model.charset, fonts=fonts)
+    texts = dict(text_length=length, shortest=model.shortest, charset=model.charset)
+    return CaptchaDataset(size, "test", model.input_shape[1:], **texts, fonts=fonts)
 
 
 def folder_images(

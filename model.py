@@ -15,6 +15,7 @@ In the code the index of a level is l - 1: `levels[0]` holds z_1.
 import math
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ from hvae.distributions import (
 )
 from hvae.parallel import has_bf16, pick_device
 from hvae.prior import WindowNetwork, WindowPrior
-from hvae.text import DIGITS, UPPERCASE, encode_text, match_case
+from hvae.text import DIGITS, UPPERCASE, encode_text, match_case, span
 from hvae.validate import (
     InputError,
     is_int,
@@ -196,7 +197,7 @@ class TextInput(nn.Module):
 
     The answer is a softmax over the T symbols and "none". It starts as the symbols spread evenly
     over the width, and learns from h where the captcha has them. A vector h (B, c) receives all
-    symbols at once.
+    symbols at once. A blank, the index `symbols`, adds nothing.
     """
 
     def __init__(self, c: int, size: Size, text_length: int, symbols: int):
@@ -213,9 +214,10 @@ class TextInput(nn.Module):
         self.bias = nn.Parameter(bias[:, None].repeat(1, size[0], 1))  # (T+1, H, W)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        symbols = self.embedding(y)  # (B, T, c)
+        blank = y == self.embedding.num_embeddings
+        symbols = self.embedding(y.masked_fill(blank, 0)).masked_fill(blank[..., None], 0)
         if not self.size:
-            return h + self.flat(symbols.flatten(1))
+            return h + self.flat(symbols.flatten(1))  # symbols are (B, T, c)
         share = (self.which(h) + self.bias).softmax(dim=1)[:, :-1]  # (B, T, H, W)
         return h + torch.einsum("bthw,btc->bchw", share, symbols.to(share.dtype))
 
@@ -241,6 +243,7 @@ class HVAE(nn.Module):
         flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector;
             0 keeps N(0, I). None is 24 for such a top of a ladder, otherwise 0.
         text_length, charset: condition on texts of that length; None is the unconditional model.
+        shortest: symbols of the shortest text, if they have several lengths; None is text_length.
 
     Raises:
         ValueError: naming the argument, or the block and layer of a config, that is at fault.
@@ -261,6 +264,7 @@ class HVAE(nn.Module):
         sigma: float | None = 0.4,
         flow: int | None = None,
         text_length: int | None = 4,
+        shortest: int | None = None,
         charset: str = DIGITS + UPPERCASE,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -270,6 +274,7 @@ class HVAE(nn.Module):
         self.top_down = inference == "top-down"
         self.input_shape = (input_channels, *input_size)
         self.text_length, self.charset = text_length, charset
+        self.shortest = text_length if shortest is None else shortest
         self.provenance: dict = {}  # where the weights come from; save() and load() keep it
 
         up, down, to_image = self.plan_blocks()
@@ -559,7 +564,10 @@ class HVAE(nn.Module):
         text: str | Sequence[str] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor | None:
-        """Texts of n images as indices (n, T): those given, or uniform draws; None without text."""
+        """Texts of n images as indices (n, T): those given, or uniform draws; None without text.
+
+        Texts of several lengths are filled up with blanks, and lengths are drawn uniformly, too.
+        """
         if not is_int(n, 0):
             raise InputError(f"n must be a whole number >= 0, got {n!r}")
         if self.text_length is None:
@@ -569,18 +577,23 @@ class HVAE(nn.Module):
         if text is None:
             device = generator.device if generator else self.device
             shape = (n, self.text_length)
-            y = torch.randint(len(self.charset), shape, generator=generator, device=device)
+            draw = partial(torch.randint, generator=generator, device=device)
+            y = draw(len(self.charset), shape)
+            if self.shortest < self.text_length:
+                lengths = draw(self.shortest, self.text_length + 1, (n, 1))
+                is_blank = torch.arange(self.text_length, device=device) >= lengths
+                y = y.masked_fill(is_blank, len(self.charset))
             return y.to(self.device)
         texts = [text] * n if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or len(texts) != n:
             raise InputError(f"text: expected a string or a list of {n}, got {text!r}")
         texts = [match_case(t, self.charset) if isinstance(t, str) else t for t in texts]
         for t in texts:
-            fits = isinstance(t, str) and len(t) == self.text_length and set(t) <= set(self.charset)
-            if not fits:
-                wanted = f"{self.text_length} symbols of {self.charset}"
+            fits = isinstance(t, str) and self.shortest <= len(t) <= self.text_length
+            if not (fits and set(t) <= set(self.charset)):
+                wanted = f"{span(self.shortest, self.text_length)} symbols of {self.charset}"
                 raise InputError(f"text {t!r}: expected {wanted}")
-        rows = [encode_text(t, self.charset) for t in texts]
+        rows = [encode_text(t, self.charset, self.text_length) for t in texts]
         return (
             torch.stack(rows).to(self.device) if rows else torch.empty(0, self.text_length).long()
         )
@@ -602,8 +615,9 @@ class HVAE(nn.Module):
             raise InputError(f"this model is conditional: pass texts y {shape}, as indices")
         if tuple(y.shape) != shape or y.dtype != torch.long:
             raise InputError(f"expected y as int64 {shape}, got {y.dtype} {tuple(y.shape)}")
-        if n and not (int(y.min()) >= 0 and int(y.max()) < len(self.charset)):
-            raise InputError(f"y has indices outside the charset's 0..{len(self.charset) - 1}")
+        last = len(self.charset) - (self.shortest == self.text_length)  # of all indices
+        if n and not (int(y.min()) >= 0 and int(y.max()) <= last):
+            raise InputError(f"y has indices outside 0..{last}")
 
     def freeze_latents(self) -> None:
         """Leaves only p(x|z) to train: the outer block's mirror, the output map, the context."""
@@ -674,10 +688,11 @@ class HVAE(nn.Module):
         lines = ["  ".join(map(str.ljust, row, columns)).rstrip() for row in rows]
         c, h, w = self.input_shape
         length, symbols, flow = self.text_length, len(self.charset), self.config["flow"]
+        lengths = length and span(self.shortest, length)
         head = [
             f"HVAE, {len(self.levels)} levels, {self.config['inference']}",
             f"{self.config['likelihood']}, images {c}x{h}x{w}",
-            f"texts of {length} from {symbols} symbols" if length else "no text",
+            f"texts of {lengths} from {symbols} symbols" if length else "no text",
             *[f"p(z_{len(self.levels)}) a flow of {flow} couplings"] * bool(flow),
             f"{count_parameters(self):,} parameters",
         ]
@@ -777,3 +792,5 @@ def validate_arguments(**arguments) -> None:
     if arguments["text_length"] is not None:
         validate_int("text_length", arguments["text_length"], 1, 1000)
         validate_charset(arguments["charset"])
+        if arguments["shortest"] is not None:
+            validate_int("shortest", arguments["shortest"], 1, arguments["text_length"])

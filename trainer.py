@@ -105,6 +105,9 @@ class Hyperparameters:
     )
     frozen_latents: bool = option(False, "train only p(x|z), with latents and priors as they are")
     binarise: bool = option(False, "draw every pixel as 0 or 1, anew at every step")
+    shift: int = option(
+        0, "pixels that an image is moved by, at most, anew at every step; for small data sets", 0
+    )
     eval_every: int = option(1000, "steps between evaluations, samples and checkpoints", 1)
     log_every: int = option(50, "steps that a row of the metrics averages over", 1)
     seed: int = option(0, "of the weights, the noise and the order of the data", 0, 2**32)
@@ -311,6 +314,7 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
         torch.manual_seed(noise)
     x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
     x = binarised(x) if hp.binarise else x
+    x = shifted(x, hp.shift) if hp.shift else x
     y = y.to(device, non_blocking=True) if model.text_length is not None else None
     closed = parallel.shard(hp.closed_at(run.step, len(model.levels))).to(device)
 
@@ -385,6 +389,16 @@ def binarised(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Every pixel drawn as 0 or 1, with its value as the probability; NaN stays."""
     drawn = torch.bernoulli(x.nan_to_num(0, 0, 0).clamp(0, 1), generator=generator)
     return torch.where(x.isfinite(), drawn, x)
+
+
+def shifted(x: Tensor, most: int) -> Tensor:
+    """Each image moved by up to so many pixels either way; what comes in repeats the border."""
+    n, c, h, w = x.shape
+    move = lambda: torch.randint(-most, most + 1, (n, 1), device=x.device)
+    rows = (torch.arange(h, device=x.device) + move()).clamp(0, h - 1)
+    columns = (torch.arange(w, device=x.device) + move()).clamp(0, w - 1)
+    x = x.gather(2, rows[:, None, :, None].expand(n, c, h, w))
+    return x.gather(3, columns[:, None, None, :].expand(n, c, h, w))
 
 
 def batches(n: int, batch_size: int, seed: int, start: int, steps: int) -> Iterator[list[int]]:
@@ -723,7 +737,14 @@ def data_arguments(dataset: Dataset) -> dict:
     )
     if arguments["text_length"] is not None:
         arguments["charset"] = dataset.charset
+        arguments["shortest"] = shortest_text(dataset)
     return arguments
+
+
+def shortest_text(dataset: Dataset) -> int | None:
+    """Symbols of a data set's shortest text, or None if all texts have the same number."""
+    shortest = getattr(dataset, "shortest", None)
+    return None if shortest == dataset.text_length else shortest
 
 
 def validate_data(model: HVAE, dataset: Dataset) -> None:
@@ -742,6 +763,10 @@ def validate_data(model: HVAE, dataset: Dataset) -> None:
             f"the data's texts have {len(label)} symbols, the model's {model.text_length}"
         )
     source = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if (getattr(source, "shortest", None) or model.shortest) < model.shortest:
+        raise InputError(
+            f"the data's texts have {source.shortest} symbols or more, the model's {model.shortest}"
+        )
     charset = getattr(source, "charset", model.charset)
     if charset != model.charset:
         raise InputError(
@@ -800,7 +825,8 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--skip-bad", action="store_true", help="leave out damaged or misnamed files of the folder")
     add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="image size; 60 160, or the folder's")
-    add("--length", type=int, help="symbols in a text; 4 when rendering, otherwise none")
+    add("--length", type=int, help="symbols in the longest text; 4 when rendering, otherwise none")
+    add("--shortest", type=int, help="symbols in the shortest; as many when rendering, otherwise 1")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
     add(
         "--fonts",
@@ -881,11 +907,13 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
         )
     elif args.data == "mnist":
         images = {"images"} if not args.evaluate else set()
-        unused["with --data mnist"] = rendering | images | {"size", "charset", "skip_bad"}
+        unused["with --data mnist"] = (
+            rendering | images | {"size", "charset", "shortest", "skip_bad"}
+        )
     elif args.data == "captcha" or not args.evaluate:
         unused["with --data captcha"] = {"skip_bad", "root"}
     if args.evaluate:
-        files = {"size", "length", "charset", "cache", "workers", "out", "fit_prior"}
+        files = {"size", "length", "shortest", "charset", "cache", "workers", "out", "fit_prior"}
         unused["with --evaluate"] = training | architecture | files
         return unused
     unused["without --evaluate"] = {"importance_samples"}
@@ -959,7 +987,8 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
     size = tuple(args.size) if args.size else None
     charset = {} if args.charset is None else {"charset": args.charset}
     if args.folder:
-        return CaptchaFolder(args.folder, size, args.length, **charset, skip_bad=args.skip_bad)
+        texts = dict(text_length=args.length, shortest=args.shortest, **charset)
+        return CaptchaFolder(args.folder, size, **texts, skip_bad=args.skip_bad)
     if args.data == "mnist":
         return MNIST("train", args.root, args.length)
     return CaptchaDataset(
@@ -968,6 +997,7 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
         text_length=4 if args.length is None else args.length,
         fonts=args.fonts,
         cache=args.cache,
+        shortest=args.shortest,
         **charset,
     )
 

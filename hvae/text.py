@@ -1,4 +1,4 @@
-"""Texts as indices into a charset, and back."""
+"""Texts as indices into a charset, and back. The index behind the last symbol is a blank."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ DIGITS = "0123456789"
 UPPERCASE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def encode_text(text: str, charset: str = DIGITS + UPPERCASE) -> Tensor:
-    """The text as indices into the charset, int64 (len(text),).
+def encode_text(text: str, charset: str = DIGITS + UPPERCASE, length: int | None = None) -> Tensor:
+    """The text as indices into the charset, int64 (T,), filled up with blanks to a length.
 
     Raises:
         ValueError: naming the first symbol that is not in the charset.
@@ -20,7 +20,8 @@ def encode_text(text: str, charset: str = DIGITS + UPPERCASE) -> Tensor:
     for symbol in text:
         if symbol not in charset:
             raise InputError(f"text {text!r}: {symbol!r} is not in the charset {charset!r}")
-    return torch.tensor([charset.index(symbol) for symbol in text], dtype=torch.long)
+    blanks = [len(charset)] * (0 if length is None else length - len(text))
+    return torch.tensor([*map(charset.index, text), *blanks], dtype=torch.long)
 
 
 def match_case(text: str, charset: str) -> str:
@@ -28,8 +29,13 @@ def match_case(text: str, charset: str) -> str:
     return text if any(symbol.islower() for symbol in charset) else text.upper()
 
 
+def span(shortest: int, longest: int) -> str:
+    """How many symbols texts have, for messages: "4", or "4 to 6"."""
+    return f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+
+
 def decode_text(indices: Tensor | Sequence[int], charset: str = DIGITS + UPPERCASE) -> str:
-    """The text of indices (T,) into the charset; undoes encode_text.
+    """The text of indices (T,) into the charset, without blanks; undoes encode_text.
 
     Raises:
         ValueError: the indices are not one row, or naming the first that is outside the charset.
@@ -38,6 +44,6 @@ def decode_text(indices: Tensor | Sequence[int], charset: str = DIGITS + UPPERCA
     if indices.dim() != 1:
         raise InputError(f"expected the indices of one text, (T,), got {tuple(indices.shape)}")
     for i in indices.tolist():
-        if not 0 <= i < len(charset):
-            raise InputError(f"index {i} is outside the charset's 0..{len(charset) - 1}")
-    return "".join(charset[int(i)] for i in indices.tolist())
+        if not 0 <= i <= len(charset):
+            raise InputError(f"index {i} is outside 0..{len(charset)}, of the charset and a blank")
+    return "".join([*charset, ""][i] for i in indices.tolist())

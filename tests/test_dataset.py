@@ -65,7 +65,36 @@ def test_encode_names_the_offending_symbol(text, symbol):
     assert repr(symbol) in str(error.value)
 
 
-@pytest.mark.parametrize("indices", [[0, 36], [-1], [[0, 1]]])
+@given(st.text(CHARSET, max_size=5), st.integers(0, 8))
+def test_short_texts_end_in_blanks(text, length):
+    indices = encode_text(text, CHARSET, length)
+    assert len(indices) == max(len(text), length)
+    assert (indices[len(text) :] == len(CHARSET)).all()
+    assert decode_text(indices, CHARSET) == text
+
+
+def test_renders_of_several_lengths():
+    data = CaptchaDataset(200, image_size=(16, 40), text_length=4, shortest=2, charset="AB")
+    texts = [decode_text(data[i][1], "AB") for i in range(len(data))]
+    counts = [sum(len(text) == length for text in texts) for length in (2, 3, 4)]
+    assert sum(counts) == 200 and min(counts) > 40
+    assert all(len(label) == 4 for _, label in (data[0], data[1]))
+    assert not torch.equal(data[0][0], CaptchaDataset(1, image_size=(16, 40))[0][0])
+    assert data.other_split("val", 3).shortest == 2
+    with pytest.raises(ValueError, match="shortest"):
+        CaptchaDataset(1, text_length=3, shortest=4)
+
+
+def test_folder_of_texts_of_several_lengths(tmp_path):
+    for name in ("A7.png", "B.png", "A7B_2.png"):
+        save(tmp_path / name)
+    data = CaptchaFolder(tmp_path, text_length=4)
+    assert data.shortest == 1 and data.texts == ["A7", "A7B", "B"]
+    assert [decode_text(label) for _, label in data] == data.texts
+    assert all(label.shape == (4,) for _, label in data)
+
+
+@pytest.mark.parametrize("indices", [[0, 37], [-1], [[0, 1]]])
 def test_decode_refuses_what_is_not_a_text(indices):
     with pytest.raises(ValueError, match="outside|one text"):
         decode_text(torch.tensor(indices))
@@ -635,8 +664,10 @@ def test_folder_errors_name_what_is_wrong(tmp_path):
     for name, value in [("image_size", (0, 5)), ("text_length", 0), ("charset", "AA")]:
         with pytest.raises(ValueError, match=name):
             CaptchaFolder(tmp_path, **{name: value})
-    with pytest.raises(ValueError, match=r"A7\.png.*3 symbols"):
-        CaptchaFolder(tmp_path, text_length=3)
+    with pytest.raises(ValueError, match=r"A7\.png.*1 symbols"):
+        CaptchaFolder(tmp_path, text_length=1)
+    with pytest.raises(ValueError, match=r"A7\.png.*3 to 4 symbols"):
+        CaptchaFolder(tmp_path, text_length=4, shortest=3)
     with pytest.raises(ValueError, match=r"A7\.png"):
         CaptchaFolder(tmp_path, text_length=2, charset="AB")
     with pytest.raises(IndexError):

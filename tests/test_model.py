@@ -27,6 +27,7 @@ from model import (
     OUTER_CONFIG,
     UPPERCASE,
     WITHOUT_WINDOWS,
+    TextInput,
     latent_width,
 )
 
@@ -710,6 +711,40 @@ def test_draw_text():
     counts = model.draw_text(1000, generator=seeded()).flatten().bincount(minlength=3)
     assert counts.sum() == 3000 and (counts > 850).all()
     assert tiny().draw_text(2) is None
+
+
+@modes
+@pytest.mark.parametrize("inner", [LEVELS[2], [[("dense", 5)]]])
+def test_texts_of_several_lengths(inference, inner, path):
+    model = tiny(inference, inner_config=inner, text_length=3, shortest=1, charset="AB").eval()
+    y = model.draw_text(3000, generator=seeded())
+    lengths = (y < 2).sum(1)
+    assert torch.equal(y < 2, torch.arange(3) < lengths[:, None])  # blanks come last
+    assert (lengths.bincount(minlength=4)[1:] > 900).all() and lengths.min() == 1
+    images = [draw(model, 2, text) for text in ("A", "AA", "AAA", "BA")]
+    assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
+    assert model(*batch(model)).elbo.isfinite().all()
+    assert "texts of 1 to 3 from 2 symbols" in model.summary()
+    model.save(path)
+    assert torch.equal(draw(HVAE.load(path), 2, ["A", "BAB"]), draw(model, 2, ["A", "BAB"]))
+    for wrong in ("", "ABAB"):
+        with pytest.raises(InputError, match="1 to 3 symbols"):
+            model.sample(1, wrong)
+    with pytest.raises(InputError, match="expected 3 symbols"):
+        tiny(text_length=3, charset="AB").sample(1, "AA")
+
+
+def test_a_blank_adds_nothing():
+    """To a map, every symbol in its place; to a vector, nothing but what the others say."""
+    torch.manual_seed(0)
+    y = torch.tensor([[0, 2, 2], [0, 1, 2], [2, 2, 2]])  # of the charset "AB"
+    h = torch.randn(3, 4, 2, 3)
+    text = TextInput(4, (2, 3), 3, 2)
+    torch.testing.assert_close(text(h, y)[2], h[2])
+    assert not torch.allclose(text(h, y)[0], h[0])
+    of_vector = TextInput(4, (), 3, 2)
+    empty = of_vector(torch.zeros(3, 4), y)[2]
+    torch.testing.assert_close(empty, of_vector.flat.bias)
 
 
 # ---------------------------------------------------------------------------- arguments

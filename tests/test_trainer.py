@@ -14,6 +14,8 @@ import captcha.image
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -21,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.utils import save_image
 
+import generate
 import trainer
 from dataset import CaptchaDataset, CaptchaFolder
 from generate import test_images
@@ -36,6 +39,7 @@ from trainer import (
     hold_out,
     objective,
     plot_history,
+    shifted,
     train,
 )
 
@@ -1075,13 +1079,30 @@ def test_csv_is_a_plain_table(tmp_path):
     assert table and all(len(row) == len(header) for row in table)
 
 
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
+def test_shifted_images_are_moved_by_whole_pixels(most, h, w):
+    """Of a picture that names its places, each pixel shows its place plus one offset, clamped."""
+    places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    x = places.float().expand(20, 2, h, w)
+    offsets = set()
+    for image in shifted(x, most).long():
+        dy, dx = (
+            {d for d in range(-most, most + 1) if torch.equal(part, (place + d).clamp(0, end))}
+            for part, place, end in zip(image, places, (h - 1, w - 1), strict=True)
+        )
+        assert dy and dx
+        offsets.add((min(dy), min(dx)))
+    assert len(offsets) > 1 or h == w == 1
+
+
 # ---------------------------------------------------------------------------- command line
 
-OPTIONS = """--data --folder --skip-bad --root --size --length --charset --fonts --images --cache
+OPTIONS = """--data --folder --skip-bad --root --size --length --shortest --charset --fonts --images --cache
     --workers --config --init --inference --likelihood --sigma --mixtures --context
     --prior-context --flow
     --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats
-    --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-latents --binarise
+    --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-latents --binarise --shift
     --eval-every
     --log-every --seed --device --out --keep --resume --fit-prior --evaluate
     --importance-samples"""
@@ -1205,6 +1226,26 @@ def test_a_checkpoint_is_measured_on_the_folder_that_it_was_trained_on(small, tm
     model.provenance = {"data": "MyDataset"}
     with pytest.raises(ValueError, match="data of your own"):
         test_images(model)
+
+
+def test_texts_of_several_lengths(small, tmp_path, capsys):
+    """Trained on, asked for, drawn at random, written, and read back."""
+    image_folder(tmp_path / "texts", ["A", "AB", "BAB", "BB"] * 3)
+    small[1] = str(tmp_path / "texts")
+    trainer.main([*small, "--length", "4", "--charset", "AB"])
+    checkpoint = str(tmp_path / "out" / "hvae.pt")
+    model = HVAE.load(checkpoint)
+    assert (model.text_length, model.shortest) == (4, 1)
+    assert model.sample(2, ["A", "BABA"]).shape == (2, 3, 16, 32)
+    out = tmp_path / "set"
+    generate.main(["--checkpoint", checkpoint, "--individual", str(out), "--n", "40"])
+    texts = CaptchaFolder(out, text_length=4, charset="AB").texts
+    assert {len(text) for text in texts} == {1, 2, 3, 4}
+    trainer.main(["--evaluate", checkpoint])
+    assert "-ELBO" in capsys.readouterr().out
+    fixed = tiny_captcha(text_length=4)
+    with pytest.raises(ValueError, match="1 symbols or more, the model's 4"):
+        fit(tmp_path / "other", fixed, CaptchaFolder(out, text_length=4, charset="AB"))
 
 
 def test_grey_folders_train_grey_models(small, tmp_path):
