@@ -1098,12 +1098,13 @@ def test_shifted_images_are_moved_by_whole_pixels(most, h, w):
 
 # ---------------------------------------------------------------------------- command line
 
-OPTIONS = """--data --folder --skip-bad --root --size --length --shortest --charset --fonts --images --cache
+OPTIONS = """--data --folder --skip-bad --root --size --length --shortest --charset
+    --fonts --images --cache
     --workers --config --init --inference --likelihood --sigma --mixtures --context
     --prior-context --flow
     --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats
-    --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-latents --binarise --shift
-    --eval-every
+    --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-latents --binarise
+    --shift --eval-every
     --log-every --seed --device --out --keep --resume --fit-prior --evaluate
     --importance-samples"""
 

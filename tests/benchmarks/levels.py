@@ -3,7 +3,8 @@
     python tests/benchmarks/levels.py           the shipped checkpoint at T = 1
 
 In each row the upper levels are those of encoded captchas, and the lower ones are drawn from their
-priors: the first row of samples is reconstructions, the last is plain samples.
+priors: the first row of samples is reconstructions, the last is plain samples. First the means or
+guesses of p(x|z) are read, then what is drawn.
 """
 
 import sys
@@ -32,26 +33,30 @@ def main() -> None:
     add("--temperature", type=float, nargs="+", default=[1.0], help="one, or one per level")
     add("--reader", default="checkpoints/run/reader.pt", help="read, or trained and written")
     args = parser.parse_args()
-    reader = load_reader(Path(args.reader)).cpu()
     model, generator = HVAE.load(args.checkpoint), torch.Generator().manual_seed(0)
+    reader = load_reader(Path(args.reader), model).cpu()
     x, y, _ = first_images(model, test_images(model, limit=args.n), args.n)
 
-    def report(name: str, images: torch.Tensor) -> None:
-        right = reader(images).argmax(2) == y
-        symbols, texts = right.float().mean(), right.all(1).float().mean()
-        print(f"{name:32s} symbols {symbols:.3f}   texts {texts:.3f}", flush=True)
+    def report(name: str, *kinds: torch.Tensor) -> None:
+        print(f"{name:32s}", end="")
+        for images in kinds:
+            right = reader(images).argmax(2) == y
+            symbols, texts = right.float().mean(), right.all(1).float().mean()
+            print(f"   symbols {symbols:.3f} texts {texts:.3f}", end="", flush=True)
+        print()
 
     report("renders", x)
     L = len(model.levels)
     for drawn in range(L + 1):
-        images = []
+        guesses, pictures = [], []
         for x_part, y_part in zip(x.split(BATCH), y.split(BATCH), strict=True):
             z = model.encode(x_part, y_part, generator)
             latents = [None] * drawn + z[drawn:]
             p_x = model.generate(len(x_part), y_part, latents, args.temperature, generator)
-            images.append(model.picture(p_x, generator))
+            guesses.append(p_x.image)
+            pictures.append(model.picture(p_x, generator))
         name = " ".join(f"z_{l}" for l in range(L, drawn, -1)) or "none"
-        report(f"encoded: {name}", torch.cat(images))
+        report(f"encoded: {name}", torch.cat(guesses), torch.cat(pictures))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,10 @@ Truth: are they the renderer's distribution?
 
 import argparse
 import math
-import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import captcha.image
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -35,10 +33,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from reader import Reader, balanced, fit_reader, load_reader, shuffled
+from reader import Kind, Reader, balanced, fit_reader, kind_of, load_reader, shuffled
 from tqdm import tqdm
 
-from dataset import encode_text, random_stream, render
+from dataset import decode_text, random_stream, render
 from generate import CHECKPOINTS, test_images
 from hvae.parallel import keep_memory, pick_device
 from model import HVAE
@@ -51,13 +49,17 @@ FEW = (500, 2000)  # real captchas
 # ---------------------------------------------------------------------------- images
 
 
-def draw_renders(texts: Sequence[str], stream: str) -> Tensor:
-    """Renders of these texts; each name is another stream of randomness."""
-    renderer = captcha.image.ImageCaptcha(160, 60)
-    bar = tqdm(texts, f"render {stream}", leave=False, mininterval=1)
-    return torch.stack(
-        [render(renderer, text, random_stream(2, stream, i)) for i, text in enumerate(bar)]
-    )
+def renders_for(model: HVAE) -> Draw:
+    """Renders of a model's size and fonts; each name is another stream of randomness."""
+    renderer = test_images(model, "captcha", limit=0).renderer
+
+    def draw(texts: Sequence[str], stream: str) -> Tensor:
+        bar = tqdm(texts, f"render {stream}", leave=False, mininterval=1)
+        return torch.stack(
+            [render(renderer, text, random_stream(2, stream, i)) for i, text in enumerate(bar)]
+        )
+
+    return draw
 
 
 def samples_of(model: HVAE, temperature: float | Sequence[float]) -> Draw:
@@ -74,13 +76,12 @@ def samples_of(model: HVAE, temperature: float | Sequence[float]) -> Draw:
 
 
 def random_texts(n: int, model: HVAE, seed: int) -> list[str]:
-    stream = random.Random(seed)
-    length = model.text_length
-    return ["".join(stream.choice(model.charset) for _ in range(length)) for _ in range(n)]
+    y = model.draw_text(n, generator=torch.Generator().manual_seed(seed))
+    return [decode_text(row, model.charset) for row in y]
 
 
 def labels(texts: Sequence[str], model: HVAE) -> Tensor:
-    return torch.stack([encode_text(text, model.charset) for text in texts])
+    return model.draw_text(len(texts), texts).cpu()
 
 
 # ---------------------------------------------------------------------------- measures
@@ -130,7 +131,8 @@ def two_sample_test(a: Tensor, b: Tensor, steps: int) -> tuple[float, float]:
     """
     train, test = zip(*(x.tensor_split([3 * len(x) // 4]) for x in (a, b)), strict=True)
     parts = [(x, torch.full((len(x), 1), i)) for i, x in enumerate(train)]
-    classifier = fit_reader(balanced(parts), steps, "classifier", rows=1, outputs=2)
+    kind = Kind(tuple(a.shape[1:]), rows=1, outputs=2)
+    classifier = fit_reader(balanced(parts), steps, "classifier", kind)
     right = [in_batches(classifier, x).argmax(2) == i for i, x in enumerate(test)]
     p, n = torch.cat(right).float().mean().item(), sum(map(len, test))
     return p, 1.96 * math.sqrt(max(p * (1 - p), 1 / n) / n)
@@ -156,7 +158,8 @@ def truth(draw: Draw, reader: Reader, model: HVAE, n: int, reference: Tensor) ->
 def use(draw: Draw, real: Tensor, real_texts: Sequence[str], test, model: HVAE, args) -> dict:
     """What samples teach a reader, and how well a classifier tells them from renders."""
     images, y = draw(real_texts, "train"), labels(real_texts, model)
-    read = lambda batches, name: accuracy(fit_reader(batches, args.steps, name), *test)
+    kind = kind_of(model, model.input_shape)
+    read = lambda batches, name: accuracy(fit_reader(batches, args.steps, name, kind), *test)
     figures = {}
     figures["CAS symbols"], figures["CAS texts"] = read(shuffled(images, y), "samples")
     for n in FEW:
@@ -171,8 +174,9 @@ def use(draw: Draw, real: Tensor, real_texts: Sequence[str], test, model: HVAE, 
 
 def use_of_renders(real: Tensor, real_texts: Sequence[str], test, model: HVAE, args) -> dict:
     """The same for renders themselves."""
-    y = labels(real_texts, model)
-    read = lambda n, name: accuracy(fit_reader(shuffled(real[:n], y[:n]), args.steps, name), *test)
+    y, kind = labels(real_texts, model), kind_of(model, model.input_shape)
+    first = lambda n: shuffled(real[:n], y[:n])
+    read = lambda n, name: accuracy(fit_reader(first(n), args.steps, name, kind), *test)
     figures = {}
     figures["CAS symbols"], figures["CAS texts"] = read(len(real), "renders")
     for n in FEW:
@@ -226,9 +230,9 @@ def main() -> None:
     args = parse_arguments()
     keep_memory()
     device = pick_device()
-    reader = load_reader(Path(args.reader))
     models = {path: HVAE.load(path, device) for path in args.checkpoints}
     model = next(iter(models.values()))
+    reader, draw_renders = load_reader(Path(args.reader), model), renders_for(model)
     others = draw_renders(random_texts(args.n, model, seed=1), "reference")
     reference = in_batches(reader.features, others)
     columns = {"renders": truth(draw_renders, reader, model, args.n, reference)}

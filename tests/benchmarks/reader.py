@@ -1,12 +1,14 @@
-"""The measuring instruments of quality.py: a captcha reader, and a classifier of two samples.
+"""The measuring instruments: a captcha reader, and a classifier of two samples.
 
 Both are trained for a fixed number of steps, so that a slower machine gives the same figures.
 """
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +18,37 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import CaptchaDataset, make_loader
+from dataset import CaptchaDataset, CaptchaFolder, make_loader
+from generate import test_images
 from hvae.parallel import has_bf16
+from model import HVAE
 
 BATCH = 64
 
 
-class Reader(nn.Module):
-    """Images (B, 3, 60, 160) in [0, 1] -> `outputs` rows of logits (B, T, S)."""
+class Kind(NamedTuple):
+    """What a reader sees and says."""
 
-    def __init__(self, rows: int = 4, outputs: int = 36):
+    image: tuple[int, int, int] = (3, 60, 160)
+    rows: int = 4  # symbols of a text
+    outputs: int = 36  # of the charset, and a blank if there are shorter texts
+
+
+class Reader(nn.Module):
+    """Images (B, C, H, W) in [0, 1] -> logits (B, rows, outputs)."""
+
+    def __init__(self, kind: Kind):
         super().__init__()
-        self.shape = (rows, outputs)
-        widths = [(3, 32, 2), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+        (c, h, w), self.shape = kind.image, (kind.rows, kind.outputs)
+        widths = [(c, 32, 2), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
         layers = []
         for c_in, c_out, stride in widths:
             conv = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
             layers += [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
         self.maps = nn.Sequential(*layers)
-        self.columns = nn.Conv2d(128, 64, (8, 1))  # (B, 64, 1, 20)
-        self.hidden = nn.Linear(64 * 20, 128)
-        self.heads = nn.Linear(128, rows * outputs)
+        self.columns = nn.Conv2d(128, 64, (-(-h // 8), 1))  # (B, 64, 1, W / 8)
+        self.hidden = nn.Linear(64 * -(-w // 8), 128)
+        self.heads = nn.Linear(128, kind.rows * kind.outputs)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 128): what the reader knows of an image before it names the symbols."""
@@ -47,16 +59,12 @@ class Reader(nn.Module):
 
 
 def fit_reader(
-    batches: Iterable[tuple[Tensor, Tensor]],
-    steps: int,
-    name: str,
-    rows: int = 4,
-    outputs: int = 36,
+    batches: Iterable[tuple[Tensor, Tensor]], steps: int, name: str, kind: Kind
 ) -> Reader:
-    """Trains a reader on batches (images (B, 3, 60, 160), labels (B, rows)) for so many steps."""
+    """Trains a reader on batches (images (B, C, H, W), labels (B, rows)) for so many steps."""
     torch.manual_seed(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reader = Reader(rows, outputs).to(device, memory_format=torch.channels_last)
+    reader = Reader(kind).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(reader.parameters(), 2e-3, weight_decay=0.01)
     schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05, cycle_momentum=False)
     bar = tqdm(islice(batches, steps), name, steps, dynamic_ncols=True, mininterval=1, leave=False)
@@ -73,7 +81,7 @@ def fit_reader(
 
 
 def shuffled(images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of images uint8 (n, 3, H, W), as floats in [0, 1], and their labels."""
+    """Endless batches of images uint8 (n, C, H, W), as floats in [0, 1], and their labels."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(images), generator=generator)
@@ -90,13 +98,24 @@ def balanced(parts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, T
         yield tuple(torch.cat([items[k][:share] for items in drawn]) for k in (0, 1))
 
 
-def load_reader(path: Path, steps: int = 2500) -> Reader:
+def kind_of(source: HVAE | CaptchaDataset | CaptchaFolder, image: tuple[int, int, int]) -> Kind:
+    """The reader for the texts of a model or a data set."""
+    return Kind(image, source.text_length, len(source.charset) + has_blanks(source))
+
+
+def has_blanks(source: HVAE | CaptchaDataset | CaptchaFolder) -> bool:
+    return source.shortest < source.text_length
+
+
+def load_reader(path: Path, model: HVAE, steps: int = 2500) -> Reader:
     """The reader of a file; trained on new renders and written there, if there is none."""
+    kind = kind_of(model, model.input_shape)
     if not path.is_file():
-        loader = make_loader(CaptchaDataset(steps * BATCH, seed=1), BATCH, workers=1, seed=1)
-        reader = fit_reader(loader, steps, "reader")
+        renders = test_images(model, "captcha", limit=steps * BATCH)
+        loader = make_loader(replace(renders, split="train", seed=1), BATCH, workers=1, seed=1)
+        reader = fit_reader(loader, steps, "reader", kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(reader.state_dict(), path)
-    reader = Reader()
+    reader = Reader(kind)
     reader.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return reader.to("cuda" if torch.cuda.is_available() else "cpu").eval()
