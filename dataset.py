@@ -147,8 +147,8 @@ class CaptchaDataset(Dataset):
         validate_choice("split", self.split, SPLITS)
         validate_image_size("image_size", self.image_size, MIN_SIDE)
         validate_int("text_length", self.text_length, 1)
-        self.shortest = self.text_length if self.shortest is None else self.shortest
-        validate_int("shortest", self.shortest, 1, self.text_length)
+        if self.shortest is not None:
+            validate_int("shortest", self.shortest, 1, self.text_length)
         validate_charset(self.charset)
         validate_int("seed", self.seed)
         if self.fonts is not None:
@@ -170,11 +170,12 @@ class CaptchaDataset(Dataset):
             "size": self.size,
             "image_size": [height, width],
             "text_length": self.text_length,
-            "shortest": self.shortest,
             "charset": self.charset,
             "fonts": [str(Path(font).resolve()) for font in self.fonts] if self.fonts else None,
             "font_sizes": list(self.font_sizes) if self.font_sizes else None,
         }
+        if self.shortest is not None:
+            self.description["shortest"] = self.shortest
         self.cached: MemoryCache | FileCache | None = None
         if self.cache == "memory":
             self.cached = MemoryCache(self.size, self.image_size)
@@ -190,6 +191,14 @@ class CaptchaDataset(Dataset):
         key = json.dumps([self.description, fonts, libraries], sort_keys=True)
         return hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
+    @property
+    def lengths(self) -> list[int] | None:
+        """How frequent texts of 1, 2, ... symbols are; None: all are the longest."""
+        if self.shortest is None:
+            return None
+        shorter = self.shortest - 1
+        return [0] * shorter + [1] * (self.text_length - shorter)
+
     def other_split(self, split: str, size: int) -> "CaptchaDataset":
         """CAPTCHAs of the same kind from another split, without a cache."""
         return replace(self, split=split, size=size, cache=None)
@@ -200,8 +209,9 @@ class CaptchaDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         i = check_index(i, self.size)
         stream = random_stream(self.seed, self.split, i)
-        several = self.shortest < self.text_length
-        length = stream.randint(self.shortest, self.text_length) if several else self.text_length
+        length = self.text_length
+        if self.shortest is not None:
+            length = stream.randint(self.shortest, length)
         text = "".join(stream.choice(self.charset) for _ in range(length))
         image = self.cached.get(i) if self.cached else None
         if image is None:
@@ -258,7 +268,7 @@ class CaptchaFolder(Dataset):
         root: the folder.
         image_size: (H, W) to resize to; None keeps the size, which all images must share.
         text_length: of the longest texts; None reads no texts, and the labels are empty, (0,).
-        shortest: symbols that a text must have; None is 1.
+        shortest: symbols that a text must have.
         charset: of the texts; None is the digits and the upper-case letters.
         skip_bad: leave out files that would raise, with a warning each, and list them in `skipped`.
         channels: 3 (RGB) or 1 (grey); None is 1 if all files are grey.
@@ -280,7 +290,7 @@ class CaptchaFolder(Dataset):
         skip_bad: bool = False,
         channels: int | None = None,
         split: str | None = None,
-        shortest: int | None = None,
+        shortest: int = 1,
     ):
         self.charset = DIGITS + UPPERCASE if charset is None else charset
         validate_path("root", root)
@@ -289,12 +299,11 @@ class CaptchaFolder(Dataset):
             validate_image_size("image_size", image_size)
         if text_length is not None:
             validate_int("text_length", text_length, 1)
-            if shortest is not None:
-                validate_int("shortest", shortest, 1, text_length)
+            validate_int("shortest", shortest, 1, text_length)
         validate_choice("channels", channels, (None, 1, 3))
         validate_choice("split", split, (None, *SPLITS))
         self.root, self.text_length, self.split = Path(root), text_length, split
-        self.shortest = 1 if shortest is None else shortest
+        self.shortest = shortest
         self.image_size = tuple(image_size) if image_size else None  # None until the first image
         self.labels = read_labels(self.root / "labels.csv")
         self.paths, self.texts, self.skipped, self.hashes = [], [], [], []
@@ -316,7 +325,7 @@ class CaptchaFolder(Dataset):
         if not self.paths:
             raise InputError(f"{root}: none of its {len(self.skipped)} images is good")
         self.channels = channels or self.channels
-        self.shortest = min(map(len, self.texts)) if text_length else None
+        self.lengths = None if text_length is None else self.count_lengths()
         self.order = self.indices(split)
         self.description = {
             "folder": self.root.resolve().name,
@@ -356,9 +365,29 @@ class CaptchaFolder(Dataset):
         text = match_case(text, self.charset)
         fits = self.shortest <= len(text) <= self.text_length
         if not (fits and set(text) <= set(self.charset)):
-            expected = f"{span(self.shortest, self.text_length)} symbols of {self.charset}"
+            expected = f"{span([self.shortest, self.text_length])} symbols of {self.charset}"
             raise InputError(f"{path}: {source} {expected}, got {text!r}")
         return text
+
+    def count_lengths(self) -> list[int] | None:
+        """How many texts have 1, 2, ... symbols; None if all are the longest."""
+        counts = [0] * self.text_length
+        for text in self.texts:
+            counts[len(text) - 1] += 1
+        if not counts[-1]:
+            longest = max(map(len, self.texts))
+            raise InputError(
+                f"{self.root}: its longest texts have {longest} symbols, such as "
+                f"{max(self.texts, key=len)!r}; text_length is {self.text_length}"
+            )
+        for length, count in enumerate(counts, 1):
+            if 0 < 50 * count < len(self.texts):
+                name = self.paths[[*map(len, self.texts)].index(length)].name
+                warnings.warn(
+                    f"{self.root}: few texts have {length} symbols: {count}, such as {name}",
+                    stacklevel=3,
+                )
+        return None if counts[-1] == len(self.texts) else counts
 
     def indices(self, split: str | None) -> list[int]:
         """The images of a split. Where chance leaves it none, the nearest hash is taken."""
@@ -593,8 +622,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--n", type=int, default=32, help="number of images")
     option("--seed", type=int, default=0, help="another seed gives other images")
     option("--split", choices=SPLITS, default="train", help="the splits of a seed share no image")
-    option("--length", type=int, default=4, help="symbols in a text")
-    option("--shortest", type=int, help="symbols in the shortest text; as many as in all")
+    option("--length", type=int, default=4, help="symbols in the longest text")
+    option("--shortest", type=int, help="symbols in the shortest text; as many as in the longest")
     option("--charset", default=DIGITS + UPPERCASE, help="the symbols to draw from")
     option("--size", type=int, nargs=2, default=(60, 160), metavar=("H", "W"), help="in pixels")
     option("--fonts", type=path_argument, nargs="+", metavar="FILE", help="TrueType files")

@@ -465,7 +465,9 @@ def test_images(
     size, length = 512 if limit is None else limit, model.text_length or 4
     if data is None:
         fonts = fonts or origin.get("fonts")
-    texts = dict(text_length=length, shortest=model.shortest, charset=model.charset)
+    several = model.lengths is not None
+    shortest = model.possible_lengths[0] if several else None
+    texts = dict(text_length=length, shortest=shortest, charset=model.charset)
     return CaptchaDataset(size, "test", model.input_shape[1:], **texts, fonts=fonts)
 
 
@@ -482,6 +484,7 @@ def folder_images(
         skip_bad=skip_bad or (trained_on and origin.get("skip_bad", False)),
         channels=model.input_shape[0],
         split="test" if trained_on else None,
+        shortest=model.possible_lengths[0] if model.text_length else 1,
     )
     return images if limit is None else images.first(limit)
 

@@ -6,7 +6,7 @@
                             q(z|x)  = q(z_1|x) prod_{l<L} q(z_{l+1} | z_l)
 
     -ELBO = reconstruction  -E log p(x|z)
-          + prior matching   KL(q(z_L|.) || p(z_L))      p(z_L) = N(0, I), or a flow from it
+          + prior matching   KL(q(z_L|.) || p(z_L))      p(z_L): N(0, I), a flow, or a window
           + consistency      sum_{l<L} KL(q(z_l|.) || p(z_l|.))     all in nats per image
 
 In the code the index of a level is l - 1: `levels[0]` holds z_1.
@@ -15,7 +15,6 @@ In the code the index of a level is l - 1: `levels[0]` holds z_1.
 import math
 import textwrap
 from collections.abc import Sequence
-from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -60,8 +59,6 @@ BINARY_DIGITS = dict(
     input_size=(28, 28),
     input_channels=1,
     likelihood="bernoulli",
-    context=None,
-    prior_context=None,
     text_length=None,
 )
 CONFIGS = {
@@ -72,18 +69,13 @@ CONFIGS = {
         inner_config=[],
         latent_channels=2,
         inference="bottom-up",
+        context=None,
         **BINARY_DIGITS,
     ),
     "mnist-hvae": dict(
         outer_config=[("conv", 32, 2), ("res", 32)],
-        inner_config=[
-            [("conv", 64, 2), ("res", 64)],
-            [("res", 64)],
-            [("res", 64)],
-            [("dense", 128)],
-        ],
-        latent_channels=(2, 4, 4, 4, 32),
-        flow=6,
+        inner_config=[[("conv", 64, 2), ("res", 64)], *[[("res", 64)]] * 3],
+        latent_channels=(2, 4, 4, 4, 4),
         **BINARY_DIGITS,
     ),
 }
@@ -242,8 +234,9 @@ class HVAE(nn.Module):
         sigma: of the gaussian, for images in [-1, 1]; None learns it.
         flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector;
             0 keeps N(0, I). None is 24 for such a top of a ladder, otherwise 0.
-        text_length, charset: condition on texts of that length; None is the unconditional model.
-        shortest: symbols of the shortest text, if they have several lengths; None is text_length.
+        text_length, charset: condition on texts of at most that length; None is the unconditional
+            model.
+        lengths: how frequent texts of 1, 2, ... text_length symbols are; None: all are the longest.
 
     Raises:
         ValueError: naming the argument, or the block and layer of a config, that is at fault.
@@ -264,7 +257,7 @@ class HVAE(nn.Module):
         sigma: float | None = 0.4,
         flow: int | None = None,
         text_length: int | None = 4,
-        shortest: int | None = None,
+        lengths: Sequence[float] | None = None,
         charset: str = DIGITS + UPPERCASE,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -274,7 +267,7 @@ class HVAE(nn.Module):
         self.top_down = inference == "top-down"
         self.input_shape = (input_channels, *input_size)
         self.text_length, self.charset = text_length, charset
-        self.shortest = text_length if shortest is None else shortest
+        self.lengths = None if text_length is None else self.config["lengths"]
         self.provenance: dict = {}  # where the weights come from; save() and load() keep it
 
         up, down, to_image = self.plan_blocks()
@@ -354,6 +347,13 @@ class HVAE(nn.Module):
         return up, [outer, *inner], last._replace(c_out=c_out, bn=False)
 
     @property
+    def possible_lengths(self) -> list[int]:
+        """The numbers of symbols that a text may have."""
+        if self.lengths is None:
+            return [self.text_length]
+        return [i + 1 for i, share in enumerate(self.lengths) if share > 0]
+
+    @property
     def device(self) -> torch.device:
         return self.to_image.weight.device
 
@@ -368,13 +368,12 @@ class HVAE(nn.Module):
         each other. For `closed` see infer().
         """
         p_x, levels = self.infer(x, y, closed, draws)
-        # some of the pixels are enough to train a context on
-        score = p_x.estimate if self.training and self.context else p_x.log_prob
-        images = repeat(x.float(), draws)
-        log_p_x = score(images)
-        guess = None
+        images, guess = repeat(x.float(), draws), None
         if self.training and self.context is not None and not self.context.binary:
+            log_p_x = p_x.estimate(images)  # some of the pixels are enough to train a context on
             guess = -p_x.log_prob_of_guess(images)
+        else:
+            log_p_x = p_x.log_prob(images)
         with torch.autocast(x.device.type, enabled=False):
             log_p_z = sum(level.log_p for level in levels)
             log_q_z = sum(level.q.log_prob(level.z) for level in levels)
@@ -566,7 +565,7 @@ class HVAE(nn.Module):
     ) -> Tensor | None:
         """Texts of n images as indices (n, T): those given, or uniform draws; None without text.
 
-        Texts of several lengths are filled up with blanks, and lengths are drawn uniformly, too.
+        Texts of several lengths are filled up with blanks, and lengths are drawn, too.
         """
         if not is_int(n, 0):
             raise InputError(f"n must be a whole number >= 0, got {n!r}")
@@ -577,11 +576,11 @@ class HVAE(nn.Module):
         if text is None:
             device = generator.device if generator else self.device
             shape = (n, self.text_length)
-            draw = partial(torch.randint, generator=generator, device=device)
-            y = draw(len(self.charset), shape)
-            if self.shortest < self.text_length:
-                lengths = draw(self.shortest, self.text_length + 1, (n, 1))
-                is_blank = torch.arange(self.text_length, device=device) >= lengths
+            y = torch.randint(len(self.charset), shape, generator=generator, device=device)
+            if self.lengths and n:
+                shares = torch.tensor(self.lengths, dtype=torch.float, device=device)
+                last = shares.multinomial(n, True, generator=generator)[:, None]
+                is_blank = torch.arange(self.text_length, device=device) > last
                 y = y.masked_fill(is_blank, len(self.charset))
             return y.to(self.device)
         texts = [text] * n if isinstance(text, str) else text
@@ -589,9 +588,9 @@ class HVAE(nn.Module):
             raise InputError(f"text: expected a string or a list of {n}, got {text!r}")
         texts = [match_case(t, self.charset) if isinstance(t, str) else t for t in texts]
         for t in texts:
-            fits = isinstance(t, str) and self.shortest <= len(t) <= self.text_length
+            fits = isinstance(t, str) and len(t) in self.possible_lengths
             if not (fits and set(t) <= set(self.charset)):
-                wanted = f"{span(self.shortest, self.text_length)} symbols of {self.charset}"
+                wanted = f"{span(self.possible_lengths)} symbols of {self.charset}"
                 raise InputError(f"text {t!r}: expected {wanted}")
         rows = [encode_text(t, self.charset, self.text_length) for t in texts]
         return (
@@ -615,7 +614,7 @@ class HVAE(nn.Module):
             raise InputError(f"this model is conditional: pass texts y {shape}, as indices")
         if tuple(y.shape) != shape or y.dtype != torch.long:
             raise InputError(f"expected y as int64 {shape}, got {y.dtype} {tuple(y.shape)}")
-        last = len(self.charset) - (self.shortest == self.text_length)  # of all indices
+        last = len(self.charset) - (self.lengths is None)  # of all indices
         if n and not (int(y.min()) >= 0 and int(y.max()) <= last):
             raise InputError(f"y has indices outside 0..{last}")
 
@@ -688,7 +687,7 @@ class HVAE(nn.Module):
         lines = ["  ".join(map(str.ljust, row, columns)).rstrip() for row in rows]
         c, h, w = self.input_shape
         length, symbols, flow = self.text_length, len(self.charset), self.config["flow"]
-        lengths = length and span(self.shortest, length)
+        lengths = length and span(self.possible_lengths)
         head = [
             f"HVAE, {len(self.levels)} levels, {self.config['inference']}",
             f"{self.config['likelihood']}, images {c}x{h}x{w}",
@@ -792,5 +791,8 @@ def validate_arguments(**arguments) -> None:
     if arguments["text_length"] is not None:
         validate_int("text_length", arguments["text_length"], 1, 1000)
         validate_charset(arguments["charset"])
-        if arguments["shortest"] is not None:
-            validate_int("shortest", arguments["shortest"], 1, arguments["text_length"])
+        lengths, length = arguments["lengths"], arguments["text_length"]
+        if lengths is not None:
+            shares = per_level("lengths", lengths, length) if len(lengths) == length else []
+            if not sum(shares) > 0:
+                raise InputError(f"lengths: expected {length} numbers >= 0, one > 0: {lengths!r}")

@@ -47,7 +47,7 @@ from hvae.distributions import DiagonalGaussian
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import write_figure, write_image
 from hvae.run import Run, copy_buffers
-from hvae.text import encode_text
+from hvae.text import encode_text, span
 from hvae.validate import InputError, per_level, validate_int, validate_number
 from model import CONFIGS, HVAE, ELBOTerms, Level, plain
 
@@ -248,6 +248,8 @@ def train(
     validate_batch_size(hp.batch_size, len(train_set))
     for data in (train_set, val_set):
         validate_data(model, data)
+    if model.context is not None and model.context.binary and not hp.binarise:
+        validate_binary(train_set[0][0])
     description = getattr(dataset, "description", type(dataset).__name__)
     validate_json("description", description)
 
@@ -398,7 +400,8 @@ def shifted(x: Tensor, most: int) -> Tensor:
     rows = (torch.arange(h, device=x.device) + move()).clamp(0, h - 1)
     columns = (torch.arange(w, device=x.device) + move()).clamp(0, w - 1)
     x = x.gather(2, rows[:, None, :, None].expand(n, c, h, w))
-    return x.gather(3, columns[:, None, None, :].expand(n, c, h, w))
+    x = x.gather(3, columns[:, None, None, :].expand(n, c, h, w))
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def batches(n: int, batch_size: int, seed: int, start: int, steps: int) -> Iterator[list[int]]:
@@ -583,7 +586,7 @@ def fit_prior(
     """
     top = model.eval().levels[-1]
     if top.flow is None:
-        raise InputError("p(z_L) is N(0, I) in this model: there is no flow to fit")
+        raise InputError("p(z_L) of this model is no flow: there is nothing to fit")
     torch.manual_seed(seed)
     first = Subset(dataset, range(min(images, len(dataset))))
     loader = DataLoader(first, 100, num_workers=workers, worker_init_fn=ignore_interrupts)
@@ -737,14 +740,8 @@ def data_arguments(dataset: Dataset) -> dict:
     )
     if arguments["text_length"] is not None:
         arguments["charset"] = dataset.charset
-        arguments["shortest"] = shortest_text(dataset)
+        arguments["lengths"] = getattr(dataset, "lengths", None)
     return arguments
-
-
-def shortest_text(dataset: Dataset) -> int | None:
-    """Symbols of a data set's shortest text, or None if all texts have the same number."""
-    shortest = getattr(dataset, "shortest", None)
-    return None if shortest == dataset.text_length else shortest
 
 
 def validate_data(model: HVAE, dataset: Dataset) -> None:
@@ -763,14 +760,25 @@ def validate_data(model: HVAE, dataset: Dataset) -> None:
             f"the data's texts have {len(label)} symbols, the model's {model.text_length}"
         )
     source = dataset.dataset if isinstance(dataset, Subset) else dataset
-    if (getattr(source, "shortest", None) or model.shortest) < model.shortest:
+    counts = getattr(source, "lengths", None) or []
+    lengths = [i + 1 for i, count in enumerate(counts) if count]
+    if not set(lengths) <= set(model.possible_lengths):
         raise InputError(
-            f"the data's texts have {source.shortest} symbols or more, the model's {model.shortest}"
+            f"the data's texts have {span(lengths)} symbols, the model's "
+            f"{span(model.possible_lengths)}"
         )
     charset = getattr(source, "charset", model.charset)
     if charset != model.charset:
         raise InputError(
             f"the data's texts are indices into {charset!r}, the model's into {model.charset!r}"
+        )
+
+
+def validate_binary(image: Tensor) -> None:
+    if not ((image == 0) | (image == 1)).all():
+        raise InputError(
+            "a 'bernoulli' with a context is for pixels that are 0 or 1; pass binarise=True "
+            "(--binarise), or context=None"
         )
 
 
@@ -826,7 +834,7 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="image size; 60 160, or the folder's")
     add("--length", type=int, help="symbols in the longest text; 4 when rendering, otherwise none")
-    add("--shortest", type=int, help="symbols in the shortest; as many when rendering, otherwise 1")
+    add("--shortest", type=int, help="symbols in the shortest text; of a folder any number")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
     add(
         "--fonts",
@@ -846,8 +854,8 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--sigma", type=float, help="of the gaussian, for images in [-1, 1]")
     add("--mixtures", type=int, help="components of the logistic")
     windows = {
-        "--context": "earlier pixels that p(x|z) sees, too; 3 3, and 0 0 for none",
-        "--prior-context": "earlier positions that p(z_l|.) sees, too; 3 3, and 0 0 for none",
+        "--context": "earlier pixels that p(x|z) sees, too; 0 0 for none",
+        "--prior-context": "earlier positions that p(z_l|.) sees, too; 0 0 for none",
     }
     for name, help in windows.items():
         add(name, type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help=help)
@@ -905,6 +913,8 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
         unused["with --folder"] = (
             rendering | {"root", "data"} | ({"images"} if not args.evaluate else set())
         )
+        if args.length is None:
+            unused["without --length"] = {"shortest"}
     elif args.data == "mnist":
         images = {"images"} if not args.evaluate else set()
         unused["with --data mnist"] = (
@@ -920,7 +930,8 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     if args.fit_prior:
         unused["with --fit-prior"] = (training - {"seed"}) | architecture
     elif args.init:
-        kept = {"config", "context", "prior_context"} | ({"mixtures"} if args.context else set())
+        adds_context = args.context and any(args.context)
+        kept = {"config", "context", "prior_context"} | ({"mixtures"} if adds_context else set())
         unused["with --init"] = architecture - kept
     return unused
 
@@ -987,7 +998,7 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
     size = tuple(args.size) if args.size else None
     charset = {} if args.charset is None else {"charset": args.charset}
     if args.folder:
-        texts = dict(text_length=args.length, shortest=args.shortest, **charset)
+        texts = dict(text_length=args.length, shortest=args.shortest or 1, **charset)
         return CaptchaFolder(args.folder, size, **texts, skip_bad=args.skip_bad)
     if args.data == "mnist":
         return MNIST("train", args.root, args.length)
@@ -1035,7 +1046,7 @@ def begin_with(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """--init: the checkpoint, for the data's images and texts, with the windows asked for."""
     model, changes = HVAE.load(args.init), data_arguments(dataset)
     changes.update(given_arguments(args, ("context", "prior_context", "mixtures")))
-    if plain({**model.config, **changes}) == model.config:
+    if all(plain(value) == plain(model.config[name]) for name, value in changes.items()):
         return model
     model, new = adapted(model, **changes)
     blocks = sorted({".".join(name.split(".")[:3]) for name in new})

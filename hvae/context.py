@@ -29,7 +29,7 @@ from hvae.distributions import Gaussian, channel_means, log_discretised_logistic
 
 BASES = 6  # that a mean starts from: left, above, a gradient, z's own guess, first, contrast
 CHUNK = 1 << 16  # pixels scored at once: bounds the memory
-KEEP_EDGE, KEEP_FLAT = 0.05, 0.01  # shares of the pixels that a training step scores
+KEEP_EDGE, KEEP_FLAT = 0.05, 0.01  # shares of the pixels of 60x160 that a training step scores
 GUESS_SIGMA = 0.4  # for images in [-1, 1]
 CORRUPT = 0.005  # share of the window's values that are wrong in training
 
@@ -58,7 +58,8 @@ class LogisticMixture(NamedTuple):
 class ContextNetwork(nn.Module):
     """The network behind p(x|z): forward(f) makes the distribution of images, `Pixels`.
 
-    f (B, `features`, H, W) is what z says; its first C channels are z's own guess of x in [-1, 1].
+    f (B, `features`, H, W) is what z says; its first C channels are z's own guess of x in [-1, 1],
+    if pixels have 8 bits.
 
     Args:
         channels: C of the images.
@@ -210,7 +211,9 @@ class Pixels:
 
     @property
     def image(self) -> Tensor:
-        """The guess as images (B, C, H, W) in [0, 1]."""
+        """The guess as images (B, C, H, W) in [0, 1]; of binary pixels, without one, a draw."""
+        if self.network.binary:
+            return self.sample(torch.Generator().manual_seed(0))
         return ((self.guess + 1) / 2).clamp(0, 1)
 
     def log_prob_of_guess(self, x: Tensor) -> Tensor:
@@ -229,10 +232,12 @@ class Pixels:
         """An estimate of log_prob from a random part of the pixels, weighted by 1/share, (B,) nats.
 
         Pixels like all of their neighbours cost little and teach little; few of them are scored.
+        Of a smaller image a larger share is scored.
         A few values in the windows are replaced, so that a sample recovers from an unlikely pixel,
         which would otherwise lead to others.
         """
-        keep = torch.where(is_flat(x), KEEP_FLAT, KEEP_EDGE)
+        keep = torch.where(is_flat(x), KEEP_FLAT, KEEP_EDGE) * (9600 / math.prod(self.size))
+        keep = keep.clamp(max=1)
         keep[:, 0, 0] = 1  # it is in all windows, and nothing is in its own
         keep = keep.flatten()
         i = (torch.rand_like(keep) < keep).nonzero()[:, 0]

@@ -112,9 +112,9 @@ class Run:
         """
         tensors, metadata = load_state(path)
         config = json.loads(json.dumps(self.model.config))
-        if metadata["config"] != config:
-            old = metadata["config"]
-            names = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
+        old = metadata["config"]
+        names = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
+        if names:
             raise InputError(f"{path}: its run has another {', '.join(names)}")
         changes = [
             f"{name} = {self.settings.get(name)} instead of {old}"

@@ -29,9 +29,10 @@ def match_case(text: str, charset: str) -> str:
     return text if any(symbol.islower() for symbol in charset) else text.upper()
 
 
-def span(shortest: int, longest: int) -> str:
+def span(numbers: Sequence[int]) -> str:
     """How many symbols texts have, for messages: "4", or "4 to 6"."""
-    return f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    first, last = min(numbers), max(numbers)
+    return f"{last}" if first == last else f"{first} to {last}"
 
 
 def decode_text(indices: Tensor | Sequence[int], charset: str = DIGITS + UPPERCASE) -> str:

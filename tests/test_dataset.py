@@ -80,7 +80,7 @@ def test_renders_of_several_lengths():
     assert sum(counts) == 200 and min(counts) > 40
     assert all(len(label) == 4 for _, label in (data[0], data[1]))
     assert not torch.equal(data[0][0], CaptchaDataset(1, image_size=(16, 40))[0][0])
-    assert data.other_split("val", 3).shortest == 2
+    assert data.other_split("val", 3).lengths == data.lengths == [0, 1, 1, 1]
     with pytest.raises(ValueError, match="shortest"):
         CaptchaDataset(1, text_length=3, shortest=4)
 
@@ -88,10 +88,21 @@ def test_renders_of_several_lengths():
 def test_folder_of_texts_of_several_lengths(tmp_path):
     for name in ("A7.png", "B.png", "A7B_2.png"):
         save(tmp_path / name)
-    data = CaptchaFolder(tmp_path, text_length=4)
-    assert data.shortest == 1 and data.texts == ["A7", "A7B", "B"]
+    data = CaptchaFolder(tmp_path, text_length=3)
+    assert data.lengths == [1, 1, 1] and data.texts == ["A7", "A7B", "B"]
     assert [decode_text(label) for _, label in data] == data.texts
-    assert all(label.shape == (4,) for _, label in data)
+    assert all(label.shape == (3,) for _, label in data)
+    with pytest.raises(ValueError, match="longest texts have 3 symbols, such as 'A7B'"):
+        CaptchaFolder(tmp_path, text_length=4)
+
+
+def test_a_length_that_few_texts_have_is_told_of(tmp_path):
+    for i in range(51):
+        save(tmp_path / f"A7_{i}.png")
+    assert CaptchaFolder(tmp_path, text_length=2).lengths is None
+    save(tmp_path / "B.png")
+    with pytest.warns(UserWarning, match=r"few texts have 1 symbols: 1, such as B\.png"):
+        assert CaptchaFolder(tmp_path, text_length=2).lengths == [1, 51]
 
 
 @pytest.mark.parametrize("indices", [[0, 37], [-1], [[0, 1]]])

@@ -716,22 +716,28 @@ def test_draw_text():
 @modes
 @pytest.mark.parametrize("inner", [LEVELS[2], [[("dense", 5)]]])
 def test_texts_of_several_lengths(inference, inner, path):
-    model = tiny(inference, inner_config=inner, text_length=3, shortest=1, charset="AB").eval()
+    model = tiny(
+        inference, inner_config=inner, text_length=3, lengths=[1, 0, 2.0], charset="AB"
+    ).eval()
     y = model.draw_text(3000, generator=seeded())
     lengths = (y < 2).sum(1)
     assert torch.equal(y < 2, torch.arange(3) < lengths[:, None])  # blanks come last
-    assert (lengths.bincount(minlength=4)[1:] > 900).all() and lengths.min() == 1
-    images = [draw(model, 2, text) for text in ("A", "AA", "AAA", "BA")]
+    counts = lengths.bincount(minlength=4).tolist()
+    assert counts[0] == counts[2] == 0 and 1800 < counts[3] < 2200
+    images = [draw(model, 2, text) for text in ("A", "B", "AAA", "BAA")]
     assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
     assert model(*batch(model)).elbo.isfinite().all()
     assert "texts of 1 to 3 from 2 symbols" in model.summary()
     model.save(path)
     assert torch.equal(draw(HVAE.load(path), 2, ["A", "BAB"]), draw(model, 2, ["A", "BAB"]))
-    for wrong in ("", "ABAB"):
+    for wrong in ("", "AB", "ABAB"):
         with pytest.raises(InputError, match="1 to 3 symbols"):
             model.sample(1, wrong)
     with pytest.raises(InputError, match="expected 3 symbols"):
         tiny(text_length=3, charset="AB").sample(1, "AA")
+    for wrong in ([1, 2], [0, 0, 0], [1, -1, 1]):
+        with pytest.raises(InputError, match="lengths"):
+            tiny(text_length=3, lengths=wrong)
 
 
 def test_a_blank_adds_nothing():

@@ -33,7 +33,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from reader import Kind, Reader, balanced, fit_reader, kind_of, load_reader, shuffled
+from reader import (
+    Kind,
+    Reader,
+    balanced,
+    fit_reader,
+    kind_of,
+    load_reader,
+    renders_like,
+    shuffled,
+)
 from tqdm import tqdm
 
 from dataset import decode_text, random_stream, render
@@ -51,7 +60,7 @@ FEW = (500, 2000)  # real captchas
 
 def renders_for(model: HVAE) -> Draw:
     """Renders of a model's size and fonts; each name is another stream of randomness."""
-    renderer = test_images(model, "captcha", limit=0).renderer
+    renderer = renders_like(model, 0).renderer
 
     def draw(texts: Sequence[str], stream: str) -> Tensor:
         bar = tqdm(texts, f"render {stream}", leave=False, mininterval=1)
@@ -158,7 +167,7 @@ def truth(draw: Draw, reader: Reader, model: HVAE, n: int, reference: Tensor) ->
 def use(draw: Draw, real: Tensor, real_texts: Sequence[str], test, model: HVAE, args) -> dict:
     """What samples teach a reader, and how well a classifier tells them from renders."""
     images, y = draw(real_texts, "train"), labels(real_texts, model)
-    kind = kind_of(model, model.input_shape)
+    kind = kind_of(model)
     read = lambda batches, name: accuracy(fit_reader(batches, args.steps, name, kind), *test)
     figures = {}
     figures["CAS symbols"], figures["CAS texts"] = read(shuffled(images, y), "samples")
@@ -174,7 +183,7 @@ def use(draw: Draw, real: Tensor, real_texts: Sequence[str], test, model: HVAE, 
 
 def use_of_renders(real: Tensor, real_texts: Sequence[str], test, model: HVAE, args) -> dict:
     """The same for renders themselves."""
-    y, kind = labels(real_texts, model), kind_of(model, model.input_shape)
+    y, kind = labels(real_texts, model), kind_of(model)
     first = lambda n: shuffled(real[:n], y[:n])
     read = lambda n, name: accuracy(fit_reader(first(n), args.steps, name, kind), *test)
     figures = {}

@@ -3,6 +3,7 @@
 Both are trained for a fixed number of steps, so that a slower machine gives the same figures.
 """
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,9 +19,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import CaptchaDataset, CaptchaFolder, make_loader
+from dataset import CaptchaDataset, make_loader
 from generate import test_images
 from hvae.parallel import has_bf16
+from hvae.validate import InputError
 from model import HVAE
 
 BATCH = 64
@@ -29,9 +31,9 @@ BATCH = 64
 class Kind(NamedTuple):
     """What a reader sees and says."""
 
-    image: tuple[int, int, int] = (3, 60, 160)
-    rows: int = 4  # symbols of a text
-    outputs: int = 36  # of the charset, and a blank if there are shorter texts
+    image: tuple[int, int, int]
+    rows: int  # symbols of a text
+    outputs: int  # of the charset, and a blank if there are shorter texts
 
 
 class Reader(nn.Module):
@@ -98,24 +100,33 @@ def balanced(parts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, T
         yield tuple(torch.cat([items[k][:share] for items in drawn]) for k in (0, 1))
 
 
-def kind_of(source: HVAE | CaptchaDataset | CaptchaFolder, image: tuple[int, int, int]) -> Kind:
-    """The reader for the texts of a model or a data set."""
-    return Kind(image, source.text_length, len(source.charset) + has_blanks(source))
+def kind_of(model: HVAE) -> Kind:
+    """The reader for the images and texts of a model."""
+    outputs = len(model.charset) + (model.lengths is not None)
+    return Kind(model.input_shape, model.text_length, outputs)
 
 
-def has_blanks(source: HVAE | CaptchaDataset | CaptchaFolder) -> bool:
-    return source.shortest < source.text_length
+def renders_like(model: HVAE, n: int) -> CaptchaDataset:
+    """Renders for a model, with the fonts that it was trained on."""
+    origin = model.provenance.get("data")
+    if model.input_shape[0] != 3 or model.text_length is None:
+        raise InputError("the measures are for models of rendered captchas, in colour, with texts")
+    fonts = origin.get("fonts") if isinstance(origin, dict) else None
+    return test_images(model, "captcha", limit=n, fonts=fonts)
 
 
 def load_reader(path: Path, model: HVAE, steps: int = 2500) -> Reader:
     """The reader of a file; trained on new renders and written there, if there is none."""
-    kind = kind_of(model, model.input_shape)
+    kind = kind_of(model)
+    renders = renders_like(model, steps * BATCH)
+    ruler = json.dumps([kind, model.charset, renders.description["fonts"]])
     if not path.is_file():
-        renders = test_images(model, "captcha", limit=steps * BATCH)
         loader = make_loader(replace(renders, split="train", seed=1), BATCH, workers=1, seed=1)
         reader = fit_reader(loader, steps, "reader", kind)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(reader.state_dict(), path)
-    reader = Reader(kind)
-    reader.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        torch.save({"ruler": ruler, "weights": reader.state_dict()}, path)
+    reader, content = Reader(kind), torch.load(path, map_location="cpu", weights_only=True)
+    if content["ruler"] != ruler:
+        raise InputError(f"{path} reads {content['ruler']}, not {ruler}; name another --reader")
+    reader.load_state_dict(content["weights"])
     return reader.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -26,7 +26,7 @@ from reader import balanced, fit_reader, kind_of, shuffled
 from dataset import CaptchaFolder, decode_text
 from generate import CHECKPOINTS, sample_sheet
 from hvae.cli import make_parser, one_line_errors, path_argument
-from hvae.parallel import keep_memory, pick_device
+from hvae.parallel import keep_memory
 from hvae.pictures import write_image
 from model import HVAE
 from trainer import adapted, data_arguments, train
@@ -61,24 +61,23 @@ def augmented(batches, seed: int = 0):
 
 def fit_model(pictures: CaptchaFolder, steps: int, shift: int, out: Path) -> HVAE:
     """A model of these pictures; a tenth of them chooses the best."""
-    if (out / "hvae.pt").is_file():
-        return HVAE.load(out / "hvae.pt", pick_device())
     model, _ = adapted(HVAE.load(CHECKPOINTS["captcha"]), **data_arguments(pictures))
     model.provenance = {}
     settings = dict(steps=steps, shift=shift, lr=1e-3, eval_every=max(1, steps // 8))
-    return train(model, Subset(pictures, range(len(pictures))), out=out, **settings)[0]
+    data = Subset(pictures, range(len(pictures)))
+    return train(model, data, out=out, resume=True, **settings)[0]
 
 
 def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[float]:
     """Shares of symbols and texts that the readers read: of pictures alone, of both."""
-    out = Path(args.out) / str(len(pictures))
+    out = Path(args.out) / f"{pictures.root.name}-{len(pictures)}"
     model = fit_model(pictures, args.steps, args.shift, out)
     write_image(sample_sheet(model, 40, captions=True), out / "sheet.png")
     y = model.draw_text(args.samples, generator=torch.Generator().manual_seed(0))
     texts = [decode_text(row, model.charset) for row in y]
     drawn = samples_of(model, 1.0)(texts, "useful"), y.cpu()
     real = as_tensors(pictures)
-    kind = kind_of(model, model.input_shape)
+    kind = kind_of(model)
     figures = []
     for name, batches in {"alone": shuffled(*real), "both": balanced([real, drawn])}.items():
         reader = fit_reader(augmented(batches), args.reader_steps, name, kind)
@@ -107,7 +106,7 @@ def main() -> None:
         test = as_tensors(folder.other_split("test", len(folder)))
         print(f"{len(folder)} training pictures, {len(test[0])} to test", flush=True)
         print("pictures   alone: symbols  texts   with samples: symbols  texts", flush=True)
-        for n in args.sizes:
+        for n in sorted({min(n, len(folder)) for n in args.sizes}):
             alone, both = torch.tensor(compare(folder.first(n), test, args)).view(2, 2).tolist()
             row = f"{n:8d} {alone[0]:16.3f} {alone[1]:6.3f} {both[0]:23.3f} {both[1]:6.3f}"
             print(row, flush=True)
