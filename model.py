@@ -275,27 +275,13 @@ class HVAE(nn.Module):
         widths = [block[-1].c_out for block in up]  # of the inference features d_1 ... d_L
         sizes = [block[-1].size_out for block in up]
         c_z = self.config["latent_channels"] = channels_per_level(latent_channels, widths, sizes)
-        flow = self.config["flow"] = flow_couplings(
-            flow, c_z[-1], sizes[-1], by_default=self.top_down and L > 1
-        )
         # inference[0] is the outer block, inference[l] leads from level l to level l+1, and
         # generation[l] leads back
         self.inference = nn.ModuleList(Block(block) for block in up)
         self.generation = nn.ModuleList(Block(block) for block in down)
         self.to_image = build(to_image)[0]
         nn.init.zeros_(self.to_image.bias)
-        self.levels = nn.ModuleList()
-        for l in range(L):
-            top = l + 1 == L
-            c_h = widths[l] if top else down[l + 1][-1].c_out
-            c_out = down[l][0].c_in if down[l] else widths[l]
-            shape = (c_z[l], *sizes[l])
-            self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down))
-            sees_more = self.top_down or not top
-            if prior_context is not None and len(sizes[l]) and pixels(sizes[l]) > 1 and sees_more:
-                self.levels[l].window = WindowNetwork(c_z[l], c_h, prior_context)
-        if flow:
-            self.levels[-1].flow = Flow(c_z[-1], flow)
+        self.add_levels(widths, sizes, down)
         if self.top_down:  # generation's first features
             self.h_top = nn.Parameter(0.1 * torch.randn(1, widths[-1], *sizes[-1]))
         else:  # inference reads z_l, not features
@@ -309,6 +295,26 @@ class HVAE(nn.Module):
             log_sigma = torch.tensor(math.log(0.5 if sigma is None else sigma))
             self.log_sigma = nn.Parameter(log_sigma, requires_grad=sigma is None)
         self.to(memory_format=torch.channels_last)  # convolutions are faster, sampling by a third
+
+    def add_levels(
+        self, widths: Sequence[int], sizes: Sequence[Size], down: Sequence[Sequence[Layer]]
+    ) -> None:
+        """The latents z_1 ... z_L, with the windows and the flow of their priors."""
+        L, c_z, window = len(widths), self.config["latent_channels"], self.config["prior_context"]
+        self.levels = nn.ModuleList()
+        for l in range(L):
+            top = l + 1 == L
+            c_h = widths[l] if top else down[l + 1][-1].c_out
+            c_out = down[l][0].c_in if down[l] else widths[l]
+            shape = (c_z[l], *sizes[l])
+            self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down))
+            has_earlier = len(sizes[l]) and pixels(sizes[l]) > 1  # positions of the map
+            if window and has_earlier and (self.top_down or not top):
+                self.levels[l].window = WindowNetwork(c_z[l], c_h, window)
+        flow = flow_couplings(self.config["flow"], c_z[-1], sizes[-1], self.top_down and L > 1)
+        self.config["flow"] = flow
+        if flow:
+            self.levels[-1].flow = Flow(c_z[-1], flow)
 
     def add_text_inputs(self, c_top: int, sizes: Sequence[Size]) -> None:
         """Where the text enters: after z_l at every level, and into a ladder's first features."""

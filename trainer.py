@@ -240,18 +240,13 @@ def train(
     keep_memory()
     torch.manual_seed(hp.seed)
     dataset = CaptchaDataset(1_000_000) if dataset is None else dataset
+    model = model_for(dataset) if model is None else model
+    hp.fit_to(model)
     train_set, val_set = dataset, val_dataset
     if val_dataset is None:
         train_set, val_set = hold_out(dataset, hp.seed)
-    model = model_for(dataset) if model is None else model
-    hp.fit_to(model)
-    validate_batch_size(hp.batch_size, len(train_set))
-    for data in (train_set, val_set):
-        validate_data(model, data)
-    if model.context is not None and model.context.binary and not hp.binarise:
-        validate_binary(train_set[0][0])
-    description = getattr(dataset, "description", type(dataset).__name__)
-    validate_json("description", description)
+    validate_sets(model, hp, train_set, val_set)
+    description = description_of(dataset)
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) if parallel.rank() == 0 else nullcontext():
@@ -744,6 +739,15 @@ def data_arguments(dataset: Dataset) -> dict:
     return arguments
 
 
+def validate_sets(model: HVAE, hp: Hyperparameters, train_set: Dataset, val_set: Dataset) -> None:
+    """Raises InputError if a model cannot be trained on one of the sets and measured on both."""
+    validate_batch_size(hp.batch_size, len(train_set))
+    for data in (train_set, val_set):
+        validate_data(model, data)
+    if model.context is not None and model.context.binary and not hp.binarise:
+        validate_binary(train_set[0][0])
+
+
 def validate_data(model: HVAE, dataset: Dataset) -> None:
     """Raises InputError if a data set is empty, or its images or texts are not the model's."""
     if len(dataset) == 0:
@@ -814,11 +818,14 @@ def validate_step(run: Run, out: Path) -> None:
         raise InputError(f"{out}: the processes find different states; do they share it?")
 
 
-def validate_json(name: str, value) -> None:
+def description_of(dataset: Dataset):
+    """What a checkpoint tells of its data: their `description`, or the name of their class."""
+    description = getattr(dataset, "description", type(dataset).__name__)
     try:
-        json.dumps(value)
+        json.dumps(description)
     except TypeError as error:
-        raise InputError(f"{name}: a checkpoint cannot hold it as JSON ({error})") from error
+        raise InputError(f"description: a checkpoint cannot hold it as JSON ({error})") from error
+    return description
 
 
 # ---------------------------------------------------------------------------- command line
