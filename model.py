@@ -59,6 +59,8 @@ BINARY_DIGITS = dict(
     input_size=(28, 28),
     input_channels=1,
     likelihood="bernoulli",
+    context=None,
+    prior_context=None,
     text_length=None,
 )
 CONFIGS = {
@@ -69,13 +71,18 @@ CONFIGS = {
         inner_config=[],
         latent_channels=2,
         inference="bottom-up",
-        context=None,
         **BINARY_DIGITS,
     ),
     "mnist-hvae": dict(
         outer_config=[("conv", 32, 2), ("res", 32)],
-        inner_config=[[("conv", 64, 2), ("res", 64)], *[[("res", 64)]] * 3],
-        latent_channels=(2, 4, 4, 4, 4),
+        inner_config=[
+            [("conv", 64, 2), ("res", 64)],
+            [("res", 64)],
+            [("res", 64)],
+            [("dense", 128)],
+        ],
+        latent_channels=(2, 4, 4, 4, 32),
+        flow=6,
         **BINARY_DIGITS,
     ),
 }
