@@ -9,7 +9,8 @@ before it; binary pixels are Bernoulli.
 
 An image has few colours, and a window inside a stroke does not see them all. So two more values
 are in every window of 8-bit images: the first pixel of the image, and the contrast, which is of
-all values above (and no further right than the window) the one that differs most from it.
+all values above (and no further right than the window) the one that differs most from it. The
+first pixel itself is often the paper's colour: it is drawn from any 256 levels, without tails.
 
 The pixels of a window are gathered into one row for each pixel, and linear layers do the rest:
 a masked convolution and 1x1 convolutions, of chosen pixels only. The same code scores all pixels
@@ -96,6 +97,8 @@ class ContextNetwork(nn.Module):
         self.from_earlier = nn.ModuleList(nn.Linear((BASES + 1) * c, width) for c in later)
         self.slopes = nn.ModuleList(nn.Linear(width, c) for c in later)
         self.log_ridge = nn.Parameter(torch.tensor(2.5)) if channels > 1 else None
+        self.first = nn.Linear(self.features, 256 * channels)
+        nn.init.zeros_(self.first.weight)
         with torch.no_grad():
             for slopes in self.slopes:
                 slopes.weight *= 0.1
@@ -110,10 +113,14 @@ class ContextNetwork(nn.Module):
 
     @torch.no_grad()
     def start_at(self, bias: Tensor, x: Tensor) -> None:
-        """Sets the bias of the map f so that z's guess starts at the level of images x."""
+        """Starts at images x: z's guess at their level, by the bias of f, and the first pixel."""
         bias[: self.channels] = 2 * channel_means(x) - 1
         if self.binary:
             self.out.bias.copy_(channel_means(x).logit())
+            return
+        levels = (255 * x[:, :, 0, 0]).round().long()
+        counts = F.one_hot(levels, 256).sum(0)  # (C, 256)
+        self.first.bias.copy_((counts + 0.01).log().flatten())
 
     def score_or_draw(
         self, window: Tensor, f: Tensor, x: Tensor | None, noise: Tensor | None = None
@@ -132,6 +139,10 @@ class ContextNetwork(nn.Module):
         if x is None:
             return (noise[..., 0] < logit.sigmoid()).to(window), None
         return x, -F.binary_cross_entropy_with_logits(logit, x, reduction="none")
+
+    def first_pixel(self, f: Tensor) -> Tensor:
+        """log p of the levels of images' first pixels, (N, C, 256)."""
+        return self.first(f).float().unflatten(1, (-1, 256)).log_softmax(2)
 
     def trunk(self, window: Tensor, f: Tensor) -> Tensor:
         """What the window and z say, (N, width)."""
@@ -225,7 +236,7 @@ class Pixels:
         """(B,) nats."""
         every = torch.arange(len(self.f), device=self.f.device)
         canvases = self.canvases(x)
-        parts = [self.score(canvases, canvases, i) for i in every.split(CHUNK)]
+        parts = [self.score(canvases, canvases, i).sum(1) for i in every.split(CHUNK)]
         return torch.cat(parts).view(len(x), -1).sum(1)
 
     def estimate(self, x: Tensor) -> Tensor:
@@ -244,14 +255,19 @@ class Pixels:
         image = i // math.prod(self.size)
         other = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
         seen = torch.where(torch.rand_like(x) < CORRUPT, other, x)
-        log_p = self.score(self.canvases(x), self.canvases(seen), i)
+        log_p = self.score(self.canvases(x), self.canvases(seen), i).sum(1)
         return x.new_zeros(len(x)).index_add(0, image, log_p / keep[i])
 
     def score(self, canvases: Sequence[Tensor], seen: Sequence[Tensor], i: Tensor) -> Tensor:
-        """log p of the pixels i, which count through (B, H, W), given windows of `seen`: nats."""
+        """log p (N, C) of the pixels i, which count through (B, H, W), given windows of `seen`."""
         x = canvases[0].index_select(0, self.places(i))
         window, f = self.window(*seen, i), self.f.index_select(0, i).to(x)
-        return self.network.score_or_draw(window, f, x)[1].sum(1)
+        log_p = self.network.score_or_draw(window, f, x)[1]
+        if self.network.binary:
+            return log_p
+        first = (i % math.prod(self.size) == 0).nonzero()[:, 0]
+        of_first = self.network.first_pixel(f[first]).gather(2, x[first, :, None].long())
+        return log_p.index_copy(0, first, of_first[..., 0].to(log_p))
 
     def canvases(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Canvases of x in levels, and of its extremes above and to the left of each pixel."""
@@ -323,8 +339,12 @@ class Pixels:
         for pixels in order.split(front.unique(return_counts=True)[1].tolist()):
             i = (first + pixels).flatten()
             places, f = self.places(i), self.f.index_select(0, i).to(canvas)
-            window = self.window(canvas, low, high, i)
-            x, _ = self.network.score_or_draw(window, f, None, noise[i])
+            if pixels[0] == 0 and not self.network.binary:
+                cumulative = self.network.first_pixel(f).exp().cumsum(2)
+                x = (cumulative < noise[i, :, :1]).sum(2).clamp(max=255).to(canvas)
+            else:
+                window = self.window(canvas, low, high, i)
+                x, _ = self.network.score_or_draw(window, f, None, noise[i])
             canvas[places] = x
             if self.network.binary:
                 continue
