@@ -36,6 +36,7 @@ CHECKPOINTS = {"captcha": FOLDER / "hvae.pt", "mnist": FOLDER / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
 CAPTION = 12  # pixels of the text below a sample
 SHEET = 1024  # images on a sheet, which is in memory all at once; a multiple of BATCH
+TEMPERATURE = 0.8  # of what is shown: as legible as the renderer's captchas, nearly; 1 draws p(x)
 Temperature = float | Sequence[float]  # times the priors' noise: of all levels, or each, z_1 first
 
 
@@ -47,7 +48,11 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def sample_batches(
-    model: HVAE, n: int, text: str | None = None, temperature: Temperature = 1.0, seed: int = 0
+    model: HVAE,
+    n: int,
+    text: str | None = None,
+    temperature: Temperature = TEMPERATURE,
+    seed: int = 0,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Yields (images (<= 64, C, H, W) in [0, 1], their texts or "") until n are drawn."""
     for draw, texts in lazy_batches(model, n, text, temperature, seed):
@@ -55,7 +60,11 @@ def sample_batches(
 
 
 def lazy_batches(
-    model: HVAE, n: int, text: str | None = None, temperature: Temperature = 1.0, seed: int = 0
+    model: HVAE,
+    n: int,
+    text: str | None = None,
+    temperature: Temperature = TEMPERATURE,
+    seed: int = 0,
 ) -> Iterator[tuple[Callable[[], Tensor], list[str]]]:
     """As sample_batches, with functions that draw the images: each batch has its own noise."""
     for k, first in enumerate(range(0, n, BATCH)):
@@ -71,7 +80,7 @@ def sample_sheet(
     model: HVAE,
     n: int = 32,
     text: str | None = None,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = TEMPERATURE,
     seed: int = 0,
     columns: int | None = None,
     captions: bool = False,
@@ -107,7 +116,7 @@ def save_sheets(
     path: str | Path,
     n: int,
     text: str | None = None,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = TEMPERATURE,
     seed: int = 0,
     captions: bool = False,
 ) -> list[Path]:
@@ -138,7 +147,7 @@ def save_individual(
     folder: str | Path,
     n: int,
     text: str | None = None,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = TEMPERATURE,
     seed: int = 0,
     resume: bool = False,
 ) -> None:
@@ -304,7 +313,7 @@ def plot_prior_vs_aggregate(
     model: HVAE,
     dataset: Dataset,
     n: int = 6,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = TEMPERATURE,
     seed: int = 0,
     path: str | Path | None = None,
 ) -> Figure:
@@ -526,7 +535,7 @@ def sampling_parser() -> argparse.ArgumentParser:
         "--temperature",
         type=float,
         nargs="+",
-        default=1.0,
+        default=TEMPERATURE,
         metavar="T",
         help="times the priors' noise; one number, or one for each level, z_1 first; 1 draws p(x)",
     )
