@@ -157,8 +157,8 @@ def save_individual(
     whose files are all there: they must come from the same call.
 
     Raises:
-        ValueError: n < 1, a bad temperature, a text the model cannot draw, or a charset with
-            symbols that a file's name cannot hold.
+        ValueError: n < 1, a bad temperature, a text the model cannot draw, a charset with symbols
+            that a file's name cannot hold, or a folder with other files.
     """
     validate_int("n", n, 1)
     if model.text_length is not None and set(UNSAFE) & set(model.charset):
@@ -166,6 +166,10 @@ def save_individual(
     per_level("temperature", temperature, len(model.levels))  # errors come before a folder is made
     model.draw_text(1, text, torch.Generator())
     folder = Path(folder)
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"{folder} has files: go on with --resume (resume=True), or choose another"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     index = 0
     with tqdm(total=n, desc=str(folder), unit="image") as bar:

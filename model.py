@@ -644,14 +644,17 @@ class HVAE(nn.Module):
 
     @torch.no_grad()
     def set_output_level(self, x: Tensor) -> None:
-        """Starts p(x|z) at the level of images x (B, C, H, W), so that training begins sooner.
+        """Starts what is untrained of p(x|z) at images x (B, C, H, W): training begins sooner.
 
         Images with numbers that are not finite are left out.
         """
         x = x[x.isfinite().flatten(1).all(1)]
-        if len(x):
-            start = self.context or LIKELIHOODS[self.config["likelihood"]]
+        context = self.context
+        if len(x) and not self.to_image.bias.any():  # the constructor's zeros
+            start = context or LIKELIHOODS[self.config["likelihood"]]
             start.start_at(self.to_image.bias, x)
+        elif len(x) and context and not (context.binary or context.first.weight.any()):
+            context.start_first_at(x)
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Writes config, weights and provenance into one safetensors file.
@@ -806,6 +809,6 @@ def validate_arguments(**arguments) -> None:
         validate_charset(arguments["charset"])
         lengths, length = arguments["lengths"], arguments["text_length"]
         if lengths is not None:
-            shares = per_level("lengths", lengths, length) if len(lengths) == length else []
-            if not sum(shares) > 0:
+            is_list = isinstance(lengths, (list, tuple)) and len(lengths) == length
+            if not (is_list and sum(per_level("lengths", lengths, length)) > 0):
                 raise InputError(f"lengths: expected {length} numbers >= 0, one > 0: {lengths!r}")

@@ -41,13 +41,14 @@ from tqdm import tqdm, trange
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
 from generate import sample_sheet, save_figures, test_images
 from hvae import parallel
+from hvae.adapt import fitted_weights
 from hvae.checkpoint import has_state, locked, write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import write_figure, write_image
 from hvae.run import Run, copy_buffers
-from hvae.text import encode_text, span
+from hvae.text import span
 from hvae.validate import InputError, per_level, validate_int, validate_number
 from model import CONFIGS, HVAE, ELBOTerms, Level, plain
 
@@ -254,7 +255,7 @@ def train(
         run = Run(model, hp, device, bf16, description, images=len(train_set))
         if has_state(out):
             run.load(out / "state.pt")
-        elif not model.to_image.bias.any():  # the constructor's zeros: nobody has trained it
+        else:
             first = [train_set[i][0] for i in range(min(64, len(train_set)))]
             model.set_output_level(torch.stack(first).to(device))
         validate_step(run, out)
@@ -534,28 +535,22 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Fig
 def adapted(model: HVAE, **changes) -> tuple[HVAE, list[str]]:
     """The same weights in a model with other arguments, and the names of those that are untrained.
 
-    It serves images of another size, another charset, and windows for p(x|z) or the priors.
-    Weights that fit are taken over, embeddings symbol by symbol; a Gaussian's mean becomes z's
-    guess.
+    It serves images of another size or grey ones, other texts, and windows for p(x|z) or the
+    priors. Weights are taken over as in hvae/adapt.py; a Gaussian's mean becomes z's guess.
     """
     config = {**model.config, **changes}
     if config["context"] and config["likelihood"] == "gaussian":
         config.update(likelihood="logistic", mixtures=changes.get("mixtures", 6))
     changed = HVAE(**config)
-    old, new = model.state_dict(), changed.state_dict()
-    fits = {name: w for name, w in old.items() if name in new and w.shape == new[name].shape}
-    for name in [name for name in new if name.endswith("embedding.weight") and name in old]:
-        shared = "".join(c for c in changed.charset if c in model.charset)
-        before, now = (encode_text(shared, m.charset) for m in (model, changed))
-        fits[name] = new[name].index_copy(0, now, old[name][before])
-    changed.load_state_dict({**new, **fits})
+    fits = fitted_weights(model, changed)
+    changed.load_state_dict({**changed.state_dict(), **fits})
     c = changed.input_shape[0]
     if model.config["likelihood"] == "gaussian" and changed.context and c == model.input_shape[0]:
         with torch.no_grad():
             changed.to_image.weight[:, :c] = model.to_image.weight[:, :c]
             changed.to_image.bias[:c] = model.to_image.bias[:c]
     changed.provenance = model.provenance
-    return changed, [name for name in new if name not in fits]
+    return changed, [name for name in changed.state_dict() if name not in fits]
 
 
 def fit_prior(
@@ -643,8 +638,8 @@ def evaluate(
     Returns:
         elbo, reconstruction, kl (a list, z_1 first); log_likelihood, the importance-weighted
         lower bound on log p(x) with that many draws of z (Burda et al. 2016, eq. 8); bounds, the
-        same for 1, 10, 100, ... of those draws; bits_per_dim of log_likelihood, or None unless
-        the likelihood is a probability of 8-bit images ('logistic').
+        same for 1, 10, 100, ... of those draws; bits_per_dim of the bound (of one draw: of the
+        ELBO), or None unless the likelihood is a probability of 8-bit images ('logistic').
     """
     validate_int("importance_samples", importance_samples, 1)
     if len(dataset) == 0:
@@ -674,8 +669,10 @@ def evaluate(
     elbo, reconstruction, *kl = torch.cat(rows).mean(0).tolist()
     bounds = {k: torch.cat([b[k] for b in bounds]).mean().item() for k in bounds[0]}
     log_likelihood = bounds[importance_samples]
-    is_8_bit = model.config["likelihood"] == "logistic"
-    bits = -log_likelihood / (math.prod(model.input_shape) * math.log(2)) if is_8_bit else None
+    bits = None
+    if model.config["likelihood"] == "logistic":
+        bound = elbo if importance_samples == 1 else log_likelihood  # the same, with less noise
+        bits = -bound / (math.prod(model.input_shape) * math.log(2))
     return {
         "elbo": elbo,
         "reconstruction": reconstruction,
@@ -804,7 +801,9 @@ def validate_folder(out: Path, resume: bool) -> None:
         raise InputError(f"{out} is not a folder")
     has_model = (out / "hvae.pt").exists()
     if not resume and (has_state(out) or has_model):
-        raise InputError(f"{out} holds a run: continue it with resume=True, or choose another")
+        raise InputError(
+            f"{out} holds a run: continue it (--resume, resume=True), or choose another"
+        )
     # metrics.csv without a state: the run was killed during its first checkpoint
     begun = (out / "metrics.csv").exists()
     if resume and has_model and not has_state(out) and not begun:
@@ -1079,7 +1078,8 @@ def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) ->
     print(f"  reconstruction    {metrics['reconstruction']:>10,.2f}")
     for l in reversed(range(len(metrics["kl"]))):
         print(f"  KL z_{l + 1}            {metrics['kl'][l]:>10,.2f}")
-    for k, bound in metrics["bounds"].items():
+    bounds = metrics["bounds"] if importance_samples > 1 else {}
+    for k, bound in bounds.items():
         print(f"  -log p(x) <=      {-bound:>10,.2f}   {k} importance sample{'s' * (k > 1)}")
     if metrics["bits_per_dim"] is not None:
         print(f"  bits/dim          {metrics['bits_per_dim']:>10.3f}")

@@ -138,6 +138,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
         ValueError: naming the file and what is wrong with it or what it lacks.
     """
     weights, metadata = read_tensors(path)
+    if "step" in metadata:
+        raise InputError(f"{path}: the state of a training run; its model is hvae.pt beside it")
     missing = [k for k in ("config", "provenance") if not isinstance(metadata.get(k), dict)]
     if missing:
         raise InputError(f"{path}: not a model checkpoint; it lacks {', '.join(missing)}")

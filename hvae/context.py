@@ -117,7 +117,12 @@ class ContextNetwork(nn.Module):
         bias[: self.channels] = 2 * channel_means(x) - 1
         if self.binary:
             self.out.bias.copy_(channel_means(x).logit())
-            return
+        else:
+            self.start_first_at(x)
+
+    @torch.no_grad()
+    def start_first_at(self, x: Tensor) -> None:
+        """Starts the first pixel at its frequencies in images x."""
         levels = (255 * x[:, :, 0, 0]).round().long()
         counts = F.one_hot(levels, 256).sum(0)  # (C, 256)
         self.first.bias.copy_((counts + 0.01).log().flatten())

@@ -258,6 +258,18 @@ def test_individual_files_are_those_of_the_sheet(conditional, capsys):
     assert written()[:2] == ["out", "out/files"] and "samples.png" not in written()
 
 
+def test_individual_files_are_not_mixed_with_others(conditional, capsys):
+    run(conditional, "--n", 2, "--individual", "out")
+    with pytest.raises(SystemExit):
+        run(conditional, "--n", 2, "--seed", 1, "--individual", "out")
+    assert "out has files" in capsys.readouterr().err and len(written("out")) == 3
+
+
+def test_individual_files_of_a_grey_model_are_grey():
+    save_individual(tiny(**GREY), "out", 2)
+    assert CaptchaFolder("out", text_length=2, charset=CHARSET)[0][0].shape == (1, H, W)
+
+
 def test_individual_files_of_a_text(conditional):
     run(conditional, "--n", 3, "--text", "CB", "--individual", "out")
     assert written("out") == ["CB_000000.png", "CB_000001.png", "CB_000002.png", "labels.csv"]

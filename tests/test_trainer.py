@@ -1003,7 +1003,7 @@ def test_evaluate_disturbs_nothing(training):
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "logistic"])
 def test_bits_per_dim(likelihood):
     metrics = evaluate(tiny(likelihood=likelihood), bars(6), importance_samples=2)
-    bits = -metrics["log_likelihood"] / (8 * 12 * math.log(2))
+    bits = -metrics["elbo"] / (8 * 12 * math.log(2))
     expected = pytest.approx(bits) if likelihood == "logistic" else None
     assert metrics["bits_per_dim"] == expected
 
@@ -1352,7 +1352,7 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
         ("--sigma -1", "sigma"),
         ("--likelihood logistic --mixtures 0", "mixtures"),
         ("--flow 2", "flow"),
-        ("--length 3", "3 symbols"),
+        ("--length 3", "its longest texts have 2 symbols"),
         ("--size 0 5", "image_size"),
         ("--charset ''", "charset"),
         ("--workers -1", "workers: expected a whole number"),

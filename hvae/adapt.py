@@ -1,0 +1,98 @@
+"""Weights for a model of other images and texts, from a model of the same blocks.
+
+Most weights fit as they are. These are fitted, so that each layer says about what it said before:
+
+    first convolution     of grey images from colours by a sum, of colours from grey by shares
+    dense and its mirror  are stretched to the new map, and so are a first map h and places of texts
+    embeddings            symbol by symbol
+    texts                 the places that both lengths have
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvae.blocks import Layer, Size, pixels
+from hvae.text import encode_text
+
+
+def fitted_weights(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
+    """The weights of an HVAE that fit a new one, by name; those that do not are left out."""
+    before, after = old.state_dict(), new.state_dict()
+    weights = {**after, **fitted_blocks(old, new)}
+    for name in after.keys() & before.keys():
+        if name.endswith("embedding.weight"):
+            weights[name] = fitted_symbols(before[name], after[name], old.charset, new.charset)
+        elif name == "h_top" and before[name].dim() == 4:
+            weights[name] = stretched(before[name], tuple(after[name].shape[2:]))
+        elif name.startswith("text") and old.text_length != new.text_length:
+            weights[name] = fitted_places(name, before[name], after[name], old.text_length)
+        elif name.startswith("text") and before[name].dim() == 3:  # where a symbol is
+            weights[name] = stretched(before[name], tuple(after[name].shape[1:]))
+        elif before[name].shape == after[name].shape:
+            weights[name] = before[name]
+    return {k: w for k, w in weights.items() if w is not after[k] and w.shape == after[k].shape}
+
+
+def fitted_blocks(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
+    """Of the first convolution, and of layers between maps and vectors."""
+    weights = {}
+    for part in ("inference", "generation"):
+        for l, (a, b) in enumerate(zip(getattr(old, part), getattr(new, part), strict=True)):
+            for k, (x, y) in enumerate(zip(a.plan, b.plan, strict=True)):
+                fit = {"dense": fitted_dense, "undense": fitted_undense}.get(x.kind)
+                if fit and (x.c_in, x.c_out) == (y.c_in, y.c_out):
+                    named = fit(dict(a.layers[k].named_parameters()), x, y)
+                    weights.update({f"{part}.{l}.layers.{k}.{n}": w for n, w in named.items()})
+    name = "inference.0.layers.0.0.weight"
+    before = old.state_dict().get(name)
+    if before is not None and before.dim() == 4 and old.input_shape[0] != new.input_shape[0]:
+        grey = before.sum(1, keepdim=True)
+        weights[name] = grey.expand(-1, new.input_shape[0], -1, -1) / new.input_shape[0]
+    return {name: w for name, w in weights.items() if w.shape == new.state_dict()[name].shape}
+
+
+def fitted_dense(named: dict[str, Tensor], x: Layer, y: Layer) -> dict[str, Tensor]:
+    """A map of another size is summed over as many positions as it has."""
+    weight = named["1.weight"].unflatten(1, (x.c_in, *x.size_in))
+    share = pixels(x.size_in) / pixels(y.size_in)
+    return {**named, "1.weight": share * stretched(weight, y.size_in).flatten(1)}
+
+
+def fitted_undense(named: dict[str, Tensor], x: Layer, y: Layer) -> dict[str, Tensor]:
+    weight = named["0.weight"].T.unflatten(1, (x.c_out, *x.size_out))
+    bias = named["0.bias"].view(1, x.c_out, *x.size_out)
+    return {
+        "0.weight": stretched(weight, y.size_out).flatten(1).T,
+        "0.bias": stretched(bias, y.size_out).flatten(),
+    }
+
+
+def fitted_symbols(before: Tensor, after: Tensor, charset: str, new_charset: str) -> Tensor:
+    """The rows of the symbols that both charsets have."""
+    shared = "".join(symbol for symbol in new_charset if symbol in charset)
+    here, there = encode_text(shared, new_charset), encode_text(shared, charset)
+    return after.index_copy(0, here, before[there])
+
+
+def fitted_places(name: str, before: Tensor, after: Tensor, places: int) -> Tensor:
+    """Of a TextInput for texts of another length: the places that both have, and "none"."""
+    fitted = after.clone()
+    if name.endswith("flat.weight"):
+        n = min(before.shape[1], after.shape[1])
+        fitted[:, :n] = before[:, :n]
+    elif ".which." in name:
+        n = min(len(before), len(after)) - 1
+        fitted[:n], fitted[-1] = before[:n], before[-1]
+    elif before.shape == after.shape:
+        return before
+    else:  # the places themselves start evenly spread
+        return after
+    return fitted
+
+
+def stretched(maps: Tensor, size: Size) -> Tensor:
+    """Maps (..., H, W) of another size, by interpolation."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    flat = maps.reshape(1, -1, *maps.shape[-2:])
+    return F.interpolate(flat, size, mode="bilinear").view(*maps.shape[:-2], *size)
