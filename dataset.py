@@ -272,8 +272,8 @@ class CaptchaFolder(Dataset):
         charset: of the texts; None is the digits and the upper-case letters.
         skip_bad: leave out files that would raise, with a warning each, and list them in `skipped`.
         channels: 3 (RGB) or 1 (grey); None is 1 if all files are grey.
-        split: 'train', 'val' or 'test': four fifths and two tenths, by a hash of a file's content,
-            so that a new file moves no other. None is all of them.
+        split: 'train' (four fifths), 'val' or 'test' (a tenth each), by a hash of a file's
+            content, so that a new file moves no other. None is all of them.
 
     Raises:
         FileNotFoundError: there is no such folder.

@@ -235,8 +235,8 @@ class HVAE(nn.Module):
         context: (rows, columns) of earlier pixels that p(x_i | z) sees as well: see
             hvae/context.py. None, which a gaussian needs: pixels are independent given z.
         prior_context: (rows, columns) of earlier positions that the prior of a latent map sees as
-            well: see hvae/prior.py. z_L of a chain has none. None: positions are independent given
-            the levels above.
+            well: see hvae/prior.py (z_L of a chain sees none). None: positions are independent
+            given the levels above.
         mixtures: components of the logistic.
         sigma: of the gaussian, for images in [-1, 1]; None learns it.
         flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector;

@@ -130,7 +130,7 @@ class Hyperparameters:
 
     @property
     def is_short(self) -> bool:
-        """Too short a run to learn texts, and better without what makes a long one learn them."""
+        """Whether the run ends before texts are learned: what makes a long run learn them is off."""
         return self.steps < SHORT_RUN
 
     def schedule(self) -> dict[str, float]:

@@ -227,7 +227,7 @@ class Pixels:
 
     @property
     def image(self) -> Tensor:
-        """The guess as images (B, C, H, W) in [0, 1]; of binary pixels, without one, a draw."""
+        """The guess as images (B, C, H, W) in [0, 1]; binary pixels have none, but a fixed draw."""
         if self.network.binary:
             return self.sample(torch.Generator().manual_seed(0))
         return ((self.guess + 1) / 2).clamp(0, 1)

@@ -1000,10 +1000,11 @@ def test_evaluate_disturbs_nothing(training):
     assert evaluate(model, bars(5), batch_size=2, seed=1) != first
 
 
+@pytest.mark.parametrize("samples, bound", [(1, "elbo"), (2, "log_likelihood")])
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "logistic"])
-def test_bits_per_dim(likelihood):
-    metrics = evaluate(tiny(likelihood=likelihood), bars(6), importance_samples=2)
-    bits = -metrics["elbo"] / (8 * 12 * math.log(2))
+def test_bits_per_dim(likelihood, samples, bound):
+    metrics = evaluate(tiny(likelihood=likelihood), bars(6), importance_samples=samples)
+    bits = -metrics[bound] / (8 * 12 * math.log(2))
     expected = pytest.approx(bits) if likelihood == "logistic" else None
     assert metrics["bits_per_dim"] == expected
 
