@@ -629,7 +629,7 @@ class HVAE(nn.Module):
             raise InputError(f"expected y as int64 {shape}, got {y.dtype} {tuple(y.shape)}")
         last = len(self.charset) - (self.lengths is None)  # of all indices
         if n and not (int(y.min()) >= 0 and int(y.max()) <= last):
-            raise InputError(f"y has indices outside 0..{last}")
+            raise InputError(f"y has indices outside the charset's 0..{last}")
 
     def freeze_latents(self) -> None:
         """Leaves only p(x|z) to train: the outer block's mirror, the output map, the context."""

@@ -166,6 +166,8 @@ def vector_top(**arguments):
         input_channels=1,
         latent_channels=(2, 5),
         likelihood="bernoulli",
+        context=None,
+        prior_context=None,
         text_length=None,
     )
     return HVAE(**{**config, **arguments})

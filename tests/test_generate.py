@@ -371,7 +371,7 @@ def full_disk():
     [
         (["--out", "sheet.png"], "sheet.png"),
         (["--out", "sheet.jpg"], "sheet.jpg"),
-        (["--individual", "out", "--text", "AB"], "out/AB_000000.png"),
+        (["--individual", "out", "--text", "AB", "--resume"], "out/AB_000000.png"),
         (["--figures", "out"], "out/samples.png"),
     ],
 )

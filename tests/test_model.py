@@ -926,7 +926,7 @@ def test_tensors_of_another_project(metadata, path):
         ({}, "lacks config, provenance"),
         ({"config": {}}, "lacks provenance"),
         ({"provenance": {}}, "lacks config"),
-        ({"step": 3, "config": {}, "hyperparameters": {}}, "lacks provenance"),
+        ({"step": 3, "config": {}, "provenance": {}}, "state of a training run"),
         ({"config": [1], "provenance": {}}, "config"),
         ({"config": {}, "provenance": ["a list"]}, "provenance"),
         ({"config": {}, "provenance": {}}, "h_top"),  # lacks the weights of HVAE()
