@@ -130,7 +130,7 @@ class Hyperparameters:
 
     @property
     def is_short(self) -> bool:
-        """Whether the run ends before texts are learned: what makes a long run learn them is off."""
+        """Whether the run ends before it learns texts; what makes a long run learn them is off."""
         return self.steps < SHORT_RUN
 
     def schedule(self) -> dict[str, float]:
