@@ -330,6 +330,7 @@ class CaptchaFolder(Dataset):
         self.description = {
             "folder": self.root.resolve().name,
             "path": str(self.root.resolve()),
+            "content": hashlib.blake2b("".join(sorted(self.hashes)).encode()).hexdigest()[:16],
             "count": len(self),
             "image_size": list(self.image_size),
             "split": split,

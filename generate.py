@@ -487,19 +487,23 @@ def test_images(
 def folder_images(
     model: HVAE, folder: str | Path, origin: dict, limit: int | None, skip_bad: bool
 ) -> CaptchaFolder:
-    """The images of a folder at the model's size; the test split, if the model has seen others."""
-    trained_on = str(Path(folder).resolve()) == origin.get("path")
+    """The images of a folder at the model's size; the test split, if the model has seen others.
+
+    A copy of the folder that the model was trained on is known by its content.
+    """
+    is_path = str(Path(folder).resolve()) == origin.get("path")
     images = CaptchaFolder(
         folder,
         model.input_shape[1:],
         model.text_length,
         model.charset,
-        skip_bad=skip_bad or (trained_on and origin.get("skip_bad", False)),
+        skip_bad=skip_bad or (is_path and origin.get("skip_bad", False)),
         channels=model.input_shape[0],
-        split="test" if trained_on else None,
         shortest=model.possible_lengths[0] if model.text_length else 1,
     )
-    return images if limit is None else images.first(limit)
+    limit = len(images) if limit is None else limit
+    is_copy = images.description["content"] == origin.get("content")
+    return images.other_split("test", limit) if is_path or is_copy else images.first(limit)
 
 
 test_images.__test__ = False  # not a test, whatever pytest thinks of its name

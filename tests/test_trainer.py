@@ -3,6 +3,7 @@ import csv
 import functools
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -1221,6 +1222,8 @@ def test_a_checkpoint_is_measured_on_the_folder_that_it_was_trained_on(small, tm
     assert f"{len(held_out)} images" in printed
     assert f"{-evaluate(model, held_out)['elbo']:,.2f}" in printed
     assert test_images(model).order == held_out.order
+    shutil.copytree(small[1], tmp_path / "copy")
+    assert len(test_images(model, folder=tmp_path / "copy")) == len(held_out)
     other = image_folder(tmp_path / "other", ["AB"] * 3)
     assert len(test_images(model, folder=other)) == 3
     Path(small[1]).rename(tmp_path / "moved")
