@@ -469,6 +469,7 @@ def test_export_and_read_back(tmp_path):
     assert folder.description == {
         "folder": tmp_path.name,
         "path": str(tmp_path.resolve()),
+        "content": CaptchaFolder(tmp_path).description["content"],
         "count": 5,
         "image_size": [40, 80],
         "split": None,
