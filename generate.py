@@ -56,15 +56,11 @@ def sample_batches(
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Yields (images (<= 64, C, H, W) in [0, 1], their texts or "") until n are drawn."""
     for draw, texts in lazy_batches(model, n, text, temperature, seed):
-        yield draw(), texts
+        yield draw().cpu(), texts
 
 
 def lazy_batches(
-    model: HVAE,
-    n: int,
-    text: str | None = None,
-    temperature: Temperature = TEMPERATURE,
-    seed: int = 0,
+    model: HVAE, n: int, text: str | None, temperature: Temperature, seed: int
 ) -> Iterator[tuple[Callable[[], Tensor], list[str]]]:
     """As sample_batches, with functions that draw the images: each batch has its own noise."""
     for k, first in enumerate(range(0, n, BATCH)):
@@ -72,8 +68,7 @@ def lazy_batches(
         count = min(BATCH, n - first)
         y = model.draw_text(count, text, generator)
         texts = None if y is None else [decode_text(row, model.charset) for row in y]
-        draw = partial(model.sample, count, texts, temperature, generator)
-        yield lambda draw=draw: draw().cpu(), texts or [""] * count
+        yield partial(model.sample, count, texts, temperature, generator), texts or [""] * count
 
 
 def sample_sheet(
@@ -178,7 +173,7 @@ def save_individual(
             prefixes = [f"{drawn}_" if drawn else "" for drawn in texts]
             names = [f"{prefix}{i:06d}.png" for prefix, i in zip(prefixes, numbers, strict=True)]
             if not (resume and all((folder / name).is_file() for name in names)):
-                for image, name in zip(draw(), names, strict=True):
+                for image, name in zip(draw().cpu(), names, strict=True):
                     write_image(image, folder / name)
             if model.text_length is not None:
                 add_labels(folder / "labels.csv", names, texts, is_first=index == 0)
@@ -478,8 +473,7 @@ def test_images(
     size, length = 512 if limit is None else limit, model.text_length or 4
     if data is None:
         fonts = fonts or origin.get("fonts")
-    several = model.lengths is not None
-    shortest = model.possible_lengths[0] if several else None
+    shortest = model.possible_lengths[0] if model.lengths else None
     texts = dict(text_length=length, shortest=shortest, charset=model.charset)
     return CaptchaDataset(size, "test", model.input_shape[1:], **texts, fonts=fonts)
 

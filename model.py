@@ -38,7 +38,7 @@ from hvae.distributions import (
 )
 from hvae.parallel import has_bf16, pick_device
 from hvae.prior import WindowNetwork, WindowPrior
-from hvae.text import DIGITS, UPPERCASE, encode_text, match_case, span
+from hvae.text import DIGITS, UPPERCASE, encode_text, match_case, possible_lengths, span
 from hvae.validate import (
     InputError,
     is_int,
@@ -55,12 +55,13 @@ OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2),
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
 
 # Arguments of HVAE by name.
+# also what files hold that are older than these arguments
+WITHOUT_WINDOWS = {"context": None, "prior_context": None}
 BINARY_DIGITS = dict(
+    WITHOUT_WINDOWS,
     input_size=(28, 28),
     input_channels=1,
     likelihood="bernoulli",
-    context=None,
-    prior_context=None,
     text_length=None,
 )
 CONFIGS = {
@@ -87,7 +88,6 @@ CONFIGS = {
     ),
 }
 
-WITHOUT_WINDOWS = {"context": None, "prior_context": None}  # of files older than these arguments
 MAX_LATENT = 2**16  # channels of a latent
 
 Prior = DiagonalGaussian | FlowPrior | WindowPrior
@@ -214,9 +214,10 @@ class TextInput(nn.Module):
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         blank = y == self.embedding.num_embeddings
-        symbols = self.embedding(y.masked_fill(blank, 0)).masked_fill(blank[..., None], 0)
+        symbols = self.embedding(y.masked_fill(blank, 0))  # (B, T, c)
+        symbols = symbols.masked_fill(blank[..., None], 0)
         if not self.size:
-            return h + self.flat(symbols.flatten(1))  # symbols are (B, T, c)
+            return h + self.flat(symbols.flatten(1))
         share = (self.which(h) + self.bias).softmax(dim=1)[:, :-1]  # (B, T, H, W)
         return h + torch.einsum("bthw,btc->bchw", share, symbols.to(share.dtype))
 
@@ -364,7 +365,7 @@ class HVAE(nn.Module):
         """The numbers of symbols that a text may have."""
         if self.lengths is None:
             return [self.text_length]
-        return [i + 1 for i, share in enumerate(self.lengths) if share > 0]
+        return possible_lengths(self.lengths)
 
     @property
     def device(self) -> torch.device:

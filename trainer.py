@@ -48,7 +48,7 @@ from hvae.distributions import DiagonalGaussian
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import write_figure, write_image
 from hvae.run import Run, copy_buffers
-from hvae.text import span
+from hvae.text import possible_lengths, span
 from hvae.validate import InputError, per_level, validate_int, validate_number
 from model import CONFIGS, HVAE, ELBOTerms, Level, plain
 
@@ -761,8 +761,7 @@ def validate_data(model: HVAE, dataset: Dataset) -> None:
             f"the data's texts have {len(label)} symbols, the model's {model.text_length}"
         )
     source = dataset.dataset if isinstance(dataset, Subset) else dataset
-    counts = getattr(source, "lengths", None) or []
-    lengths = [i + 1 for i, count in enumerate(counts) if count]
+    lengths = possible_lengths(getattr(source, "lengths", None) or [])
     if not set(lengths) <= set(model.possible_lengths):
         raise InputError(
             f"the data's texts have {span(lengths)} symbols, the model's "

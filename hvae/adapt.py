@@ -18,19 +18,18 @@ from hvae.text import encode_text
 def fitted_weights(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
     """The weights of an HVAE that fit a new one, by name; those that do not are left out."""
     before, after = old.state_dict(), new.state_dict()
-    weights = {**after, **fitted_blocks(old, new)}
-    for name in after.keys() & before.keys():
+    weights = {name: w for name, w in before.items() if name in after}
+    for name, w in weights.items():
         if name.endswith("embedding.weight"):
-            weights[name] = fitted_symbols(before[name], after[name], old.charset, new.charset)
-        elif name == "h_top" and before[name].dim() == 4:
-            weights[name] = stretched(before[name], tuple(after[name].shape[2:]))
+            weights[name] = fitted_symbols(w, after[name], old.charset, new.charset)
+        elif name == "h_top" and w.dim() == 4:
+            weights[name] = stretched(w, after[name].shape[2:])
         elif name.startswith("text") and old.text_length != new.text_length:
-            weights[name] = fitted_places(name, before[name], after[name], old.text_length)
-        elif name.startswith("text") and before[name].dim() == 3:  # where a symbol is
-            weights[name] = stretched(before[name], tuple(after[name].shape[1:]))
-        elif before[name].shape == after[name].shape:
-            weights[name] = before[name]
-    return {k: w for k, w in weights.items() if w is not after[k] and w.shape == after[k].shape}
+            weights[name] = fitted_places(name, w, after[name])
+        elif name.startswith("text") and w.dim() == 3:  # where a symbol is
+            weights[name] = stretched(w, after[name].shape[1:])
+    weights.update(fitted_blocks(old, new))
+    return {name: w for name, w in weights.items() if w.shape == after[name].shape}
 
 
 def fitted_blocks(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
@@ -39,16 +38,16 @@ def fitted_blocks(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
     for part in ("inference", "generation"):
         for l, (a, b) in enumerate(zip(getattr(old, part), getattr(new, part), strict=True)):
             for k, (x, y) in enumerate(zip(a.plan, b.plan, strict=True)):
-                fit = {"dense": fitted_dense, "undense": fitted_undense}.get(x.kind)
-                if fit and (x.c_in, x.c_out) == (y.c_in, y.c_out):
-                    named = fit(dict(a.layers[k].named_parameters()), x, y)
+                if x.kind in ("dense", "undense"):
+                    fit = fitted_dense if x.kind == "dense" else fitted_undense
+                    named = fit(a.layers[k].state_dict(), x, y)
                     weights.update({f"{part}.{l}.layers.{k}.{n}": w for n, w in named.items()})
     name = "inference.0.layers.0.0.weight"
-    before = old.state_dict().get(name)
-    if before is not None and before.dim() == 4 and old.input_shape[0] != new.input_shape[0]:
-        grey = before.sum(1, keepdim=True)
-        weights[name] = grey.expand(-1, new.input_shape[0], -1, -1) / new.input_shape[0]
-    return {name: w for name, w in weights.items() if w.shape == new.state_dict()[name].shape}
+    colours, new_colours = old.input_shape[0], new.input_shape[0]
+    if old.inference[0].plan[0].kind == "conv" and colours != new_colours:
+        grey = old.state_dict()[name].sum(1, keepdim=True)
+        weights[name] = grey.expand(-1, new_colours, -1, -1) / new_colours
+    return weights
 
 
 def fitted_dense(named: dict[str, Tensor], x: Layer, y: Layer) -> dict[str, Tensor]:
@@ -74,8 +73,11 @@ def fitted_symbols(before: Tensor, after: Tensor, charset: str, new_charset: str
     return after.index_copy(0, here, before[there])
 
 
-def fitted_places(name: str, before: Tensor, after: Tensor, places: int) -> Tensor:
-    """Of a TextInput for texts of another length: the places that both have, and "none"."""
+def fitted_places(name: str, before: Tensor, after: Tensor) -> Tensor:
+    """Of a TextInput for texts of another length: the places that both have, and "none".
+
+    Where the places are, the bias, does not fit: they start evenly spread.
+    """
     fitted = after.clone()
     if name.endswith("flat.weight"):
         n = min(before.shape[1], after.shape[1])
@@ -83,10 +85,8 @@ def fitted_places(name: str, before: Tensor, after: Tensor, places: int) -> Tens
     elif ".which." in name:
         n = min(len(before), len(after)) - 1
         fitted[:n], fitted[-1] = before[:n], before[-1]
-    elif before.shape == after.shape:
+    else:
         return before
-    else:  # the places themselves start evenly spread
-        return after
     return fitted
 
 

@@ -29,6 +29,11 @@ def match_case(text: str, charset: str) -> str:
     return text if any(symbol.islower() for symbol in charset) else text.upper()
 
 
+def possible_lengths(frequencies: Sequence[float]) -> list[int]:
+    """The numbers of symbols that texts have, from how frequent texts of 1, 2, ... symbols are."""
+    return [i + 1 for i, frequency in enumerate(frequencies) if frequency > 0]
+
+
 def span(numbers: Sequence[int]) -> str:
     """How many symbols texts have, for messages: "4", or "4 to 6"."""
     first, last = min(numbers), max(numbers)

@@ -20,10 +20,10 @@ from torch.utils.data import Dataset, Subset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from quality import accuracy, samples_of
+from quality import accuracy, labels, random_texts, samples_of
 from reader import balanced, fit_reader, kind_of, shuffled
 
-from dataset import CaptchaFolder, decode_text
+from dataset import CaptchaFolder
 from generate import CHECKPOINTS, sample_sheet
 from hvae.cli import make_parser, one_line_errors, path_argument
 from hvae.parallel import keep_memory
@@ -73,9 +73,8 @@ def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[
     out = Path(args.out) / f"{pictures.root.name}-{len(pictures)}"
     model = fit_model(pictures, args.steps, args.shift, out)
     write_image(sample_sheet(model, 40, captions=True), out / "sheet.png")
-    y = model.draw_text(args.samples, generator=torch.Generator().manual_seed(0))
-    texts = [decode_text(row, model.charset) for row in y]
-    drawn = samples_of(model, 1.0)(texts, "useful"), y.cpu()
+    texts = random_texts(args.samples, model, seed=0)
+    drawn = samples_of(model, 1.0)(texts, "useful"), labels(texts, model)
     real = as_tensors(pictures)
     kind = kind_of(model)
     figures = []
