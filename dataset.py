@@ -12,7 +12,6 @@ handwritten digits. Every item is a pair (image, label):
 import copy
 import csv
 import hashlib
-import json
 import math
 import operator
 import os
@@ -28,15 +27,13 @@ from pathlib import Path
 
 import captcha.image
 import numpy as np
-import PIL
 import torch
-from PIL import Image, ImageFont, ImageOps, features
+from PIL import Image, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import datasets
 from tqdm import tqdm
 
-from hvae.cache import FileCache, MemoryCache
 from hvae.cli import make_parser, one_line_errors, path_argument
 from hvae.pictures import write_image
 from hvae.text import DIGITS, UPPERCASE, decode_text, encode_text, match_case, span
@@ -121,14 +118,10 @@ class CaptchaDataset(Dataset):
         shortest: symbols of the shortest text: lengths are drawn uniformly; None is text_length.
         fonts: TrueType files, one drawn per symbol; None is the font of the renderer.
         font_sizes: in pixels, one drawn per symbol; None is the renderer's (42, 50, 56).
-        cache: 'memory' keeps the images in RAM, shared with the workers of a DataLoader; a folder
-            keeps them in a file there, for later runs too, until the disk is full. Both take
-            3 * H * W bytes per image. None renders an image every time it is asked for.
 
     Raises:
         ValueError: naming the argument at fault.
         FileNotFoundError: naming the font that does not exist.
-        OSError: memory or disk lack the space for the cache.
     """
 
     size: int
@@ -139,7 +132,6 @@ class CaptchaDataset(Dataset):
     seed: int = 0
     fonts: Sequence[str | Path] | None = None
     font_sizes: Sequence[int] | None = None
-    cache: str | Path | None = None
     shortest: int | None = None
 
     def __post_init__(self):
@@ -156,8 +148,6 @@ class CaptchaDataset(Dataset):
             self.fonts = [str(font) for font in self.fonts]
         if self.font_sizes is not None:
             validate_font_sizes(self.font_sizes)
-        if self.cache is not None:
-            validate_path("cache", self.cache)
 
         self.image_size = tuple(self.image_size)
         height, width = self.image_size
@@ -176,20 +166,6 @@ class CaptchaDataset(Dataset):
         }
         if self.shortest is not None:
             self.description["shortest"] = self.shortest
-        self.cached: MemoryCache | FileCache | None = None
-        if self.cache == "memory":
-            self.cached = MemoryCache(self.size, self.image_size)
-        elif self.cache is not None:
-            path = Path(self.cache) / f"captcha-{self.split}-{self.fingerprint()}.u8"
-            self.cached = FileCache(self.size, self.image_size, path)
-
-    def fingerprint(self) -> str:
-        """A hash of all that the pixels depend on, so that no other dataset reads their file."""
-        files = self.fonts or captcha.image.DEFAULT_FONTS
-        fonts = [hashlib.blake2b(Path(file).read_bytes()).hexdigest() for file in files]
-        libraries = [PIL.__version__, features.version("freetype2"), features.version("raqm")]
-        key = json.dumps([self.description, fonts, libraries], sort_keys=True)
-        return hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
     @property
     def lengths(self) -> list[int] | None:
@@ -200,8 +176,8 @@ class CaptchaDataset(Dataset):
         return [0] * shorter + [1] * (self.text_length - shorter)
 
     def other_split(self, split: str, size: int) -> "CaptchaDataset":
-        """CAPTCHAs of the same kind from another split, without a cache."""
-        return replace(self, split=split, size=size, cache=None)
+        """CAPTCHAs of the same kind from another split."""
+        return replace(self, split=split, size=size)
 
     def __len__(self) -> int:
         return self.size
@@ -213,11 +189,7 @@ class CaptchaDataset(Dataset):
         if self.shortest is not None:
             length = stream.randint(self.shortest, length)
         text = "".join(stream.choice(self.charset) for _ in range(length))
-        image = self.cached.get(i) if self.cached else None
-        if image is None:
-            image = render(self.renderer, text, stream)
-            if self.cached:
-                self.cached.put(i, image)
+        image = render(self.renderer, text, stream)
         return image.float() / 255, encode_text(text, self.charset, self.text_length)
 
 

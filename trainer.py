@@ -849,7 +849,6 @@ def training_parser(config: str) -> argparse.ArgumentParser:
         help="TrueType files to render with",
     )
     add("--images", type=int, help="of the rendered data, a million; with --evaluate, of any data")
-    add("--cache", type=path_argument, help="'memory', or a folder: keep rendered images there")
     add("--workers", type=int, default=1, help="processes that load or render")
     add = parser.add_argument_group("model").add_argument
     add("--config", choices=tuple(CONFIGS), default=config, help="architecture and training")
@@ -909,7 +908,7 @@ def parse(
 
 def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     """The options that have no effect, by the reason."""
-    rendering = {"fonts", "cache"}
+    rendering = {"fonts"}
     architecture = {"config", "inference", "likelihood", "sigma", "mixtures", "context"}
     architecture |= {"prior_context", "flow", "unconditional"}
     training = {f.name for f in fields(Hyperparameters)} | {"keep", "resume", "init"}
@@ -928,7 +927,7 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     elif args.data == "captcha" or not args.evaluate:
         unused["with --data captcha"] = {"skip_bad", "root"}
     if args.evaluate:
-        files = {"size", "length", "shortest", "charset", "cache", "workers", "out", "fit_prior"}
+        files = {"size", "length", "shortest", "charset", "workers", "out", "fit_prior"}
         unused["with --evaluate"] = training | architecture | files
         return unused
     unused["without --evaluate"] = {"importance_samples"}
@@ -1012,7 +1011,6 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
         image_size=size or (60, 160),
         text_length=4 if args.length is None else args.length,
         fonts=args.fonts,
-        cache=args.cache,
         shortest=args.shortest,
         **charset,
     )

@@ -8,8 +8,6 @@ import random
 import secrets
 import subprocess
 import sys
-import types
-import warnings
 from pathlib import Path
 
 import captcha.image
@@ -131,16 +129,13 @@ def test_another_process_draws_the_same():
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_draw_the_same(method, tmp_path):
+def test_workers_draw_the_same(method):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} on this system")
-    plain, memory, file = (CaptchaDataset(8, cache=cache) for cache in (None, "memory", tmp_path))
+    dataset = CaptchaDataset(8)
     workers = 2 if method == "fork" else 1  # a spawned one takes seconds to import torch
-    datasets = plain + memory + file
-    loader = DataLoader(datasets, None, num_workers=workers, multiprocessing_context=method)
-    assert same(list(loader), [*plain] * 3)
-    for dataset in (memory, file):  # the workers' images have reached this process
-        assert all(torch.equal(dataset.cached.get(i).float() / 255, plain[i][0]) for i in range(8))
+    loader = DataLoader(dataset, None, num_workers=workers, multiprocessing_context=method)
+    assert same(list(loader), dataset)
 
 
 def test_an_item_does_not_depend_on_what_was_drawn_before():
@@ -156,20 +151,15 @@ def test_splits_seeds_and_indices_differ():
     assert len(images) == 8 * 9
 
 
-def test_the_other_split_is_of_the_same_kind(tmp_path):
+def test_the_other_split_is_of_the_same_kind():
     kind = {"image_size": (40, 90), "text_length": 3, "charset": "XYZ", "seed": 5}
     kind |= {"fonts": captcha.image.DEFAULT_FONTS, "font_sizes": [30]}
-    val = CaptchaDataset(4, **kind, cache=tmp_path).other_split("val", 3)
-    assert same(val, CaptchaDataset(3, "val", **kind)) and val.cached is None
+    assert same(CaptchaDataset(4, **kind).other_split("val", 3), CaptchaDataset(3, "val", **kind))
 
 
-@pytest.mark.parametrize("cache", [None, "memory", "folder"])
-def test_the_dataset_survives_pickling(cache, tmp_path):
-    dataset = CaptchaDataset(3, cache=tmp_path if cache == "folder" else cache)
-    dataset[1]
-    content = pickle.dumps(dataset)
-    assert same(pickle.loads(content), dataset)
-    assert cache == "memory" or len(content) < 20_000  # the file is shared, not copied
+def test_the_dataset_survives_pickling():
+    dataset = CaptchaDataset(3)
+    assert same(pickle.loads(pickle.dumps(dataset)), dataset)
 
 
 # ---------------------------------------------------------------------------- the renderer
@@ -292,7 +282,6 @@ def test_the_renderers_own_font_is_the_default():
         ("seed", ["0"]),
         ("fonts", [[], "font.ttf", [__file__]]),
         ("font_sizes", [[], [0], 42]),
-        ("cache", [3, ""]),
     ],
 )
 def test_a_bad_argument_is_named(name, values):
@@ -312,9 +301,8 @@ def test_an_index_outside_is_an_index_error(i):
         CaptchaDataset(3)[i]
 
 
-def test_an_empty_dataset_is_fine(tmp_path):
-    for cache in (None, "memory", tmp_path):
-        assert list(CaptchaDataset(0, cache=cache)) == []
+def test_an_empty_dataset_is_fine():
+    assert list(CaptchaDataset(0)) == []
 
 
 def test_the_description_is_plain():
@@ -322,137 +310,6 @@ def test_the_description_is_plain():
     assert description["renderer"] == "captcha" and description["image_size"] == [50, 100]
     values = [description[key] for key in ("split", "size", "text_length", "charset", "seed")]
     assert values == ["test", 5, 3, "AB", 7]
-
-
-# ---------------------------------------------------------------------------- caches
-
-
-def forbid_drawing(dataset, monkeypatch):
-    def fail(text):
-        raise AssertionError("rendered what the cache holds")
-
-    monkeypatch.setattr(dataset.renderer, "generate_image", fail)
-
-
-def held(dataset) -> list[int]:
-    """The indices of the images that a cache holds."""
-    return [i for i in range(len(dataset)) if dataset.cached.get(i) is not None]
-
-
-@pytest.mark.parametrize("where", ["memory", "folder"])
-def test_a_cache_gives_the_same_images_and_draws_each_once(where, tmp_path, monkeypatch):
-    plain = CaptchaDataset(6)
-    cached = CaptchaDataset(6, cache=where if where == "memory" else tmp_path)
-    assert same(cached, plain)
-    forbid_drawing(cached, monkeypatch)
-    image, _ = cached[2]
-    image.zero_()  # what the caller does to an item leaves the cache alone
-    assert same(cached, plain)
-
-
-def test_a_partly_filled_file_is_continued(tmp_path, monkeypatch):
-    plain, folder = CaptchaDataset(6), tmp_path / "new" / "folder"
-    first = CaptchaDataset(6, cache=str(folder))
-    for i in (4, 1):
-        first[i]
-    with open(first.cached.path, "r+b") as file:  # an interrupted image: some pixels, no flag
-        file.seek(3 * first.cached.row_bytes)
-        file.write(b"\x4d" * 1000)
-    second = CaptchaDataset(6, cache=folder)
-    assert held(second) == [1, 4]
-    assert same(second, plain)
-    third = CaptchaDataset(6, cache=folder)
-    forbid_drawing(third, monkeypatch)
-    assert same(third, plain)
-
-
-def test_a_file_is_never_read_as_another_dataset(tmp_path):
-    other_font = tmp_path / "other.ttf"
-    other_font.write_bytes(Path(captcha.image.DEFAULT_FONTS[0]).read_bytes() + b"\0")
-    settings = [
-        {},
-        {"seed": 1},
-        {"split": "val"},
-        {"size": 5},
-        {"image_size": (160, 60)},
-        {"text_length": 5},
-        {"charset": CHARSET[::-1]},
-        {"font_sizes": [42]},
-        {"font_sizes": [50]},
-        {"fonts": [other_font]},
-    ]
-    for setting in settings:
-        arguments = {"size": 4, **setting}
-        assert same(CaptchaDataset(**arguments, cache=tmp_path), CaptchaDataset(**arguments))
-    assert len(list(tmp_path.glob("*.u8"))) == len(settings)
-
-
-def test_a_font_that_changes_under_its_name_gets_a_new_file(tmp_path):
-    font = tmp_path / "font.ttf"
-    for extra in (b"", b"\0"):
-        font.write_bytes(Path(captcha.image.DEFAULT_FONTS[0]).read_bytes() + extra)
-        CaptchaDataset(1, fonts=[font], cache=tmp_path)[0]
-    assert len(list(tmp_path.glob("*.u8"))) == 2
-
-
-def test_a_cache_without_space_is_refused(tmp_path):
-    with pytest.raises(OSError, match="cache"):
-        CaptchaDataset(10**12, cache=tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_sparse_cache_needs_the_space_that_it_has_not_taken_yet(tmp_path, monkeypatch):
-    arguments = {"size": 10_000, "image_size": (16, 32), "cache": tmp_path}
-    CaptchaDataset(**arguments)[0]
-    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=10**6))
-    with pytest.raises(OSError, match="cache"):
-        CaptchaDataset(**arguments)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 1 MB, where the system lets the tests mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
-        subprocess.run(["mount", *options], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no right to mount a disk")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_disk_that_fills_up_ends_the_caching_alone(workers, small_disk):
-    plain, dataset = CaptchaDataset(30), CaptchaDataset(30, cache=small_disk)
-    with pytest.raises(OSError, match="No space"), open(small_disk / "other", "wb") as other:
-        while True:
-            other.write(bytes(4096))
-            other.flush()
-    os.truncate(small_disk / "other", 600_000)  # leaves the space of 10 to 15 images
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        assert same(list(DataLoader(dataset, None, num_workers=workers)), plain)
-        assert same(dataset, plain)  # what the file holds is read, the rest is rendered
-    messages = [str(warning.message) for warning in warned]
-    assert len(messages) == (0 if workers else 1)  # a worker writes its warning to stderr
-    assert all(f"cache: {dataset.cached.path}" in m and "No space" in m for m in messages)
-    assert 10 <= len(held(dataset)) <= 15
-    (small_disk / "other").unlink()
-    later = CaptchaDataset(30, cache=small_disk)
-    assert held(later) == held(dataset) and same(later, plain) and len(held(later)) == 30
-
-
-def test_a_failing_write_warns_once_and_names_the_cache(tmp_path):
-    plain, dataset = CaptchaDataset(4), CaptchaDataset(4, cache=tmp_path / "renders")
-    dataset[0]
-    dataset.cached.path.rename(tmp_path / "moved.u8")
-    with pytest.warns(UserWarning, match=r"cache: .*renders.*\.u8 is no longer written") as warned:
-        assert same(dataset, plain)
-    assert len(warned) == 1
-    (tmp_path / "moved.u8").rename(dataset.cached.path)
-    assert same(dataset, plain) and held(dataset) == [0]
 
 
 # ---------------------------------------------------------------------------- command line

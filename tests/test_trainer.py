@@ -1101,7 +1101,7 @@ def test_shifted_images_are_moved_by_whole_pixels(most, h, w):
 # ---------------------------------------------------------------------------- command line
 
 OPTIONS = """--data --folder --skip-bad --root --size --length --shortest --charset
-    --fonts --images --cache
+    --fonts --images
     --workers --config --init --inference --likelihood --sigma --mixtures --context
     --prior-context --flow
     --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats
@@ -1179,7 +1179,7 @@ def test_command_line_model_options(small, tmp_path):
 
 def test_command_line_on_captchas(small, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "hold_out", functools.partial(hold_out, limit=4))
-    options = "--images 8 --size 16 40 --length 3 --charset XYZ --cache memory --steps 1"
+    options = "--images 8 --size 16 40 --length 3 --charset XYZ --steps 1"
     trainer.main(small[2:] + options.split())
     model = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert (model.input_shape, model.text_length, model.charset) == ((3, 16, 40), 3, "XYZ")
@@ -1374,10 +1374,8 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
         ("--init ''", "--init: expected a path"),
         ("--fit-prior ''", "--fit-prior: expected a path"),
         ("--evaluate ''", "--evaluate: expected a path"),
-        ("--cache ''", "--cache: expected a path"),
         # an option without effect
         ("--fonts a.ttf", "--fonts has no effect with --folder"),
-        ("--cache memory", "--cache has no effect with --folder"),
         ("--root data", "--root has no effect with --folder"),
         ("--images 3", "--images has no effect with --folder"),
         ("--importance-samples 3", "--importance-samples has no effect without --evaluate"),
@@ -1400,7 +1398,6 @@ def test_command_line_errors(options, message, small, capsys):
     [
         ("--images 0", "images"),
         (f"--images {10**20}", "--images"),
-        (f"--images {10**12} --cache memory", "shared memory"),
         ("--length 0", "length"),
         ("--fonts no.ttf", "no.ttf"),
         ("--skip-bad", "--skip-bad has no effect with --data captcha"),
