@@ -75,16 +75,12 @@ CONFIGS = {
         **BINARY_DIGITS,
     ),
     "mnist-hvae": dict(
-        outer_config=[("conv", 32, 2), ("res", 32)],
-        inner_config=[
-            [("conv", 64, 2), ("res", 64)],
-            [("res", 64)],
-            [("res", 64)],
-            [("dense", 128)],
-        ],
-        latent_channels=(2, 4, 4, 4, 32),
-        flow=6,
-        **BINARY_DIGITS,
+        BINARY_DIGITS,
+        outer_config=[("conv", 32, 2), ("res", 32), ("conv", 64, 2), ("res", 64)],
+        inner_config=[[("res", 64)]] * 4,
+        context=(3, 3),
+        prior_context=(3, 3),
+        latent_channels=4,
     ),
 }
 
@@ -103,7 +99,7 @@ class ELBOTerms(NamedTuple):
     elbo: Tensor  # (B,)    -(reconstruction + sum of kl) <= log p(x)
     log_weight: Tensor  # (B,)    log p(x, z) - log q(z|x) of the z drawn; its mean is the ELBO too
     z_top: Tensor  # the draw of z_L
-    guess: Tensor | None = None  # (B,) -log N(x; z's guess), of training with a context
+    guess: Tensor | None = None  # (B,) -log p(x) by z's guess alone, of training with a context
 
 
 class LevelTerms(NamedTuple):
@@ -383,8 +379,8 @@ class HVAE(nn.Module):
         """
         p_x, levels = self.infer(x, y, closed, draws)
         images, guess = repeat(x.float(), draws), None
-        if self.training and self.context is not None and not self.context.binary:
-            log_p_x = p_x.estimate(images)  # some of the pixels are enough to train a context on
+        if self.training and self.context is not None:
+            log_p_x = p_x.estimate(images)
             guess = -p_x.log_prob_of_guess(images)
         else:
             log_p_x = p_x.log_prob(images)

@@ -12,9 +12,11 @@ Each of these things was needed for samples that follow their text and look like
         seeing x. The glyphs of these images can only come from the top latents and the text. At
         first, for half of these images, every level but the top is closed.
     free_nats: KL of a level that costs nothing, so that the upper levels are used.
-    pixel_weight: with a local context, 98% of the nats are pixels, and latents that must serve
-        them forget the glyphs. So z's guess of the image, a Gaussian, teaches the latents, and
-        -log p(x|z) counts a twentieth, which is enough for the context to learn it.
+    pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
+        must serve them forget the glyphs. So z also guesses the image, without the context. The
+        reconstruction is a weighted mean: the guess's, which teaches the latents, and a twentieth
+        of -log p(x|z), which is enough for the context to learn it. Of binary images the weight
+        of -log p(x|z) rises from 0 to 1: at first a context would explain what latents should.
     a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
         fitted to q(z_L).
 """
@@ -97,10 +99,17 @@ class Hyperparameters:
         0.5, "share of those images in which only the top is open, in the first third", 0, 1.001
     )
     ema: float = option(0.999, "decay of the averaged weights", 0, 1)
-    pixel_weight: float = option(
-        0.05,
-        "weight of log p(x|z) of a context of 8-bit images; below 1, a Gaussian of z's guess "
-        "teaches the latents",
+    pixel_weight: float | None = option(
+        None,
+        "weight of log p(x|z) of a context beside z's own guess of the image; default: 0.05, and "
+        "of binary pixels 0 at the start",
+        0,
+        1.000001,
+    )
+    pixel_rise: float | None = option(
+        None,
+        "share of the steps over which the pixel weight rises to 1, or 0: it stays; "
+        "default: 0, of binary pixels 0.6",
         0,
         1.000001,
     )
@@ -120,7 +129,9 @@ class Hyperparameters:
                 setattr(self, name, value)
         for f in fields(self):
             value, kind = getattr(self, f.name), f.type
-            if kind in (int, int | None) and f.name != "closed_levels":
+            if value is None and f.default is None:  # see fit_to()
+                continue
+            if kind in (int, int | None):
                 validate_int(f.name, value, f.metadata["low"], f.metadata["high"] - 1)
             elif kind in (float, float | None):
                 validate_number(f.name, value, f.metadata["low"], f.metadata["high"])
@@ -143,7 +154,7 @@ class Hyperparameters:
         }
 
     def fit_to(self, model: HVAE) -> None:
-        """Sets what depends on the number of levels.
+        """Sets what depends on the model: on the number of its levels, and on its pixels.
 
         Raises:
             ValueError: there are other numbers of free nats, or fewer levels to close.
@@ -158,6 +169,11 @@ class Hyperparameters:
         elif self.closed_levels is None:
             self.closed_levels = min((levels + 1) // 2, below_top)
         validate_int("closed_levels", self.closed_levels, 0, below_top)
+        binary = model.config["likelihood"] == "bernoulli"
+        if self.pixel_weight is None:
+            self.pixel_weight = 0.0 if binary else 0.05
+        if self.pixel_rise is None:
+            self.pixel_rise = 0.6 if binary else 0.0
 
     def lr_at(self, step: int) -> float:
         """A linear rise, then half a cosine from lr to 2% of it."""
@@ -168,6 +184,12 @@ class Hyperparameters:
 
     def beta_at(self, step: int) -> float:
         return self.beta_start ** max(0.0, 1 - step / self.beta_steps)
+
+    def pixel_weight_at(self, step: int) -> float:
+        if not self.pixel_rise:
+            return self.pixel_weight
+        done = min(1.0, step / (self.pixel_rise * self.steps))
+        return self.pixel_weight + (1 - self.pixel_weight) * done
 
     def closed_at(self, step: int, levels: int) -> Tensor:
         """(batch_size,): how many of the lowest levels are closed, for each image of a batch."""
@@ -187,9 +209,9 @@ TRAINING = {
     "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 5_000},
     "mnist-hvae": {
         **LIKELIHOOD_FIRST,
-        "free_nats": [0.0, 4.0, 4.0, 4.0, 4.0],
+        "free_nats": [4.0],
         "batch_size": 50,
-        "steps": 33_000,
+        "steps": 30_000,
         "binarise": True,
     },
 }
@@ -318,7 +340,8 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
 
     with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
         terms = run.forward(x, y, closed)
-    loss = objective(terms, hp.beta_at(run.step), run.free_nats, closed, hp.pixel_weight)
+    beta, pixel_weight = hp.beta_at(run.step), hp.pixel_weight_at(run.step)
+    loss = objective(terms, beta, run.free_nats, closed, pixel_weight)
     if model.levels[-1].flow is not None:
         loss = loss + flow_loss(model.levels[-1], terms.z_top.detach())
 
@@ -340,7 +363,7 @@ def objective(
 ) -> Tensor:
     """reconstruction + beta * sum_l max(KL_l, free_nats_l), batch mean, in nats per image.
 
-    With a pixel weight below 1 it is that of z's guess, plus so much of the pixels'.
+    Of a model with a context, it is so much of the pixels', and the rest of that of z's guess.
     Free bits (Kingma et al. 2016, eq. 15) hold for a level's mean KL over the images in which it
     is open: `closed` (B,) is the number of an image's closed levels, whose KL is zero.
     """
@@ -351,8 +374,8 @@ def objective(
     is_free = (parallel.all_reduce_sum(kl) <= free) & (free > 0)
     kl = torch.where(is_free, free / parallel.world_size(), kl)
     reconstruction = terms.reconstruction.mean()
-    if terms.guess is not None and pixel_weight < 1:
-        reconstruction = terms.guess.mean() + pixel_weight * reconstruction
+    if terms.guess is not None:
+        reconstruction = torch.lerp(terms.guess.mean(), reconstruction, pixel_weight)
     return reconstruction + beta * kl.sum() / len(terms.kl)
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvae.distributions import Gaussian, channel_means, log_discretised_logistic
+from hvae.distributions import Bernoulli, Gaussian, channel_means, log_discretised_logistic
 
 BASES = 6  # that a mean starts from: left, above, a gradient, z's own guess, first, contrast
 CHUNK = 1 << 16  # pixels scored at once: bounds the memory
@@ -59,8 +59,8 @@ class LogisticMixture(NamedTuple):
 class ContextNetwork(nn.Module):
     """The network behind p(x|z): forward(f) makes the distribution of images, `Pixels`.
 
-    f (B, `features`, H, W) is what z says; its first C channels are z's own guess of x in [-1, 1],
-    if pixels have 8 bits.
+    f (B, `features`, H, W) is what z says; its first C channels are z's own guess of x: a mean in
+    [-1, 1], or the logit of a binary pixel.
 
     Args:
         channels: C of the images.
@@ -114,10 +114,9 @@ class ContextNetwork(nn.Module):
     @torch.no_grad()
     def start_at(self, bias: Tensor, x: Tensor) -> None:
         """Starts at images x: z's guess at their level, by the bias of f, and the first pixel."""
-        bias[: self.channels] = 2 * channel_means(x) - 1
-        if self.binary:
-            self.out.bias.copy_(channel_means(x).logit())
-        else:
+        means = channel_means(x)
+        bias[: self.channels] = means.logit() if self.binary else 2 * means - 1
+        if not self.binary:
             self.start_first_at(x)
 
     @torch.no_grad()
@@ -140,7 +139,7 @@ class ContextNetwork(nn.Module):
         h = self.trunk(window, f)
         if not self.binary:
             return self.logistics(h, window, f, x, noise)
-        logit = self.out(h).to(window)
+        logit = self.out(h).to(window) + f[:, : self.channels].to(window)
         if x is None:
             return (noise[..., 0] < logit.sigmoid()).to(window), None
         return x, -F.binary_cross_entropy_with_logits(logit, x, reduction="none")
@@ -222,7 +221,7 @@ class Pixels:
 
     @property
     def guess(self) -> Tensor:
-        """What z alone says of x, (B, C, H, W) about [-1, 1]."""
+        """What z alone says of x, (B, C, H, W): means about [-1, 1], or logits."""
         return self.parameters[:, : self.network.channels].float()
 
     @property
@@ -233,7 +232,12 @@ class Pixels:
         return ((self.guess + 1) / 2).clamp(0, 1)
 
     def log_prob_of_guess(self, x: Tensor) -> Tensor:
-        """log N(x; guess, 0.4^2), (B,) nats: what teaches the latents, see trainer.py."""
+        """log p of x by the guess alone, (B,) nats: what teaches the latents, see trainer.py.
+
+        It is a Bernoulli for binary pixels, otherwise N(guess, 0.4^2).
+        """
+        if self.network.binary:
+            return Bernoulli(self.guess).log_prob(x)
         log_sigma = torch.full((), math.log(GUESS_SIGMA), device=x.device)
         return Gaussian(self.guess, log_sigma).log_prob(x)
 
@@ -245,13 +249,17 @@ class Pixels:
         return torch.cat(parts).view(len(x), -1).sum(1)
 
     def estimate(self, x: Tensor) -> Tensor:
-        """An estimate of log_prob from a random part of the pixels, weighted by 1/share, (B,) nats.
+        """log_prob for training, (B,) nats: from a random part of the pixels, weighted by 1/share.
+
+        Binary pixels are all scored.
 
         Pixels like all of their neighbours cost little and teach little; few of them are scored.
         Of a smaller image a larger share is scored.
         A few values in the windows are replaced, so that a sample recovers from an unlikely pixel,
         which would otherwise lead to others.
         """
+        if self.network.binary:
+            return self.log_prob(x)
         keep = torch.where(is_flat(x), KEEP_FLAT, KEEP_EDGE) * (9600 / math.prod(self.size))
         keep = keep.clamp(max=1)
         keep[:, 0, 0] = 1  # it is in all windows, and nothing is in its own

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 import trainer
 from hvae.context import ContextNetwork, is_flat
-from hvae.distributions import Gaussian
-from model import HVAE
-from trainer import adapted, objective, train
+from model import CONFIGS, HVAE
+from trainer import Hyperparameters, adapted, objective, train
 
 KINDS = [("logistic", 3), ("logistic", 1), ("bernoulli", 1), ("bernoulli", 2)]
 
@@ -283,17 +282,38 @@ def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
     assert "--init" in capsys.readouterr().err
 
 
-def test_the_guess_teaches_the_latents_if_pixels_count_less():
-    """At weight 0 the loss is the Gaussian's; at 1 it is the -ELBO, without the guess."""
+@pytest.mark.parametrize("likelihood", ["logistic", "bernoulli"])
+def test_the_guess_teaches_the_latents_if_pixels_count_less(likelihood):
+    """At weight 0 the loss is that of the guess; at 1 it is the -ELBO, without the guess."""
     torch.manual_seed(0)
     outer = [("conv", 8, 2), ("res", 8)]
-    model = HVAE(outer, [], (6, 8), text_length=None, likelihood="logistic", context=(2, 2))
-    x = images("logistic", 3, 3, 6, 8).float()
+    model = HVAE(outer, [], (6, 8), text_length=None, likelihood=likelihood, context=(2, 2))
+    x = images(likelihood, 3, 3, 6, 8).float()
     terms = model.train()(x)
     loss = lambda weight: objective(terms, 1.0, torch.zeros(1), torch.zeros(3).long(), weight)
     kl = terms.kl.sum(1).mean()
-    expected = Gaussian(2 * x - 1, torch.tensor(0.4).log()).log_prob(x).mean()
-    assert terms.guess.mean() > -expected
     torch.testing.assert_close(loss(0.0), terms.guess.mean() + kl)
     torch.testing.assert_close(loss(1.0), terms.reconstruction.mean() + kl)
+    torch.testing.assert_close(loss(0.3), 0.7 * loss(0.0) + 0.3 * loss(1.0))
     assert model.eval()(x).guess is None
+
+
+@pytest.mark.parametrize("likelihood", ["logistic", "bernoulli"])
+def test_the_best_guess_is_the_image(likelihood):
+    x = images(likelihood, 2, 3, 6, 8)
+    guess = 2 * x - 1 if likelihood == "logistic" else 20 * (2 * x - 1)
+    f = torch.randn(2, 32, 6, 8, dtype=torch.float64)
+    best = torch.cat([guess, f[:, 3:]], 1)
+    net = network(likelihood)
+    assert (net(best).log_prob_of_guess(x) > net(f).log_prob_of_guess(x)).all()
+
+
+def test_the_weight_of_binary_pixels_rises_to_one():
+    model = HVAE(**{**CONFIGS["mnist-hvae"], "inner_config": []})
+    hp = Hyperparameters(steps=1000)
+    hp.fit_to(model)
+    weights = [hp.pixel_weight_at(step) for step in (0, 300, 600, 999)]
+    assert weights == pytest.approx([0, 0.5, 1, 1])
+    hp = Hyperparameters(steps=1000)
+    hp.fit_to(HVAE())
+    assert {hp.pixel_weight_at(step) for step in range(0, 1000, 99)} == {0.05}

@@ -253,7 +253,8 @@ def test_evaluations_between_log_steps(tmp_path):
 OUT_OF_RANGE = {
     **dict.fromkeys(("steps", "batch_size", "eval_every", "log_every"), [0, -1, 1.5, None]),
     "beta_steps": [0, -1, 1.5],
-    "pixel_weight": [-0.1, 1.1, None],
+    "pixel_weight": [-0.1, 1.1],
+    "pixel_rise": [-0.1, 1.1],
     "warmup": [-1, math.nan],
     "lr": [0, -1, math.inf, math.nan, "fast"],
     "beta_start": [0, math.nan],
