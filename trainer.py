@@ -83,7 +83,9 @@ class Hyperparameters:
     beta_start: float | None = option(
         None, "weight of the KL at the start; it goes to 1; default: 5, in a short run 1", 1e-12
     )
-    beta_steps: int | None = option(None, "steps over which beta goes to 1; default: 0.7 of all", 1)
+    beta_steps: int | None = option(
+        None, "steps over which beta goes to 1; default, and at most: 0.7 of all", 1
+    )
     free_nats: Sequence[float] | float | None = option(
         None,
         "KL per image that costs nothing: of every level, or one each, z_1 first; "
@@ -138,6 +140,7 @@ class Hyperparameters:
                 setattr(self, f.name, float(value))  # numpy's numbers are not JSON
             elif kind is bool:
                 setattr(self, f.name, bool(value))
+        self.beta_steps = min(self.beta_steps, self.schedule()["beta_steps"])
 
     @property
     def is_short(self) -> bool:

@@ -1,0 +1,104 @@
+"""What each part of the digits' model is worth: one budget, one change at a time.
+
+    python tests/benchmarks/digits.py                    about half an hour on two cores
+    python tests/benchmarks/digits.py "no context"       some of the rows
+
+Every model takes 1,500 steps of 50 on binarised MNIST, with the settings of `trainer.py --data
+mnist`, and is measured on every tenth test image. The rows of the table are Markdown.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataset import MNIST
+from generate import test_images
+from hvae.cli import make_parser
+from hvae.context import ContextNetwork
+from model import CONFIGS, HVAE, count_parameters
+from trainer import TRAINING, binarised, evaluate, train
+
+BOTH = CONFIGS["mnist-hvae"]
+CHANGES = {
+    "all of it": {},
+    "no context": dict(context=None),
+    "no windows of the priors": dict(prior_context=None),
+    "neither": dict(context=None, prior_context=None),
+    "3 levels": dict(inner_config=BOTH["inner_config"][:2]),
+    "10 levels": dict(inner_config=[[("res", 64)]] * 9),
+    "bottom-up": dict(inference="bottom-up"),
+}
+WITHOUT_LATENTS = "context without latents"
+
+
+class WindowAlone(nn.Module):
+    """p(x) of a context without latents: features that are the same for all images."""
+
+    def __init__(self):
+        super().__init__()
+        self.context = ContextNetwork(1, BOTH["context"], 1, "bernoulli")
+        self.features = nn.Parameter(torch.zeros(1, self.context.features, 28, 28))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """-log p(x), mean in nats per image."""
+        f = self.features.expand(len(x), -1, -1, -1)
+        return -self.context(f).log_prob(x).mean()
+
+
+def train_window(steps: int, batch_size: int, data: MNIST) -> WindowAlone:
+    torch.manual_seed(0)
+    model = WindowAlone()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.randperm(len(data))[: steps * batch_size].tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for x, _ in DataLoader(data, batch_sampler=batches * -(-steps // len(batches))):
+        loss = model(binarised(x))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if schedule.last_epoch == steps:
+            break
+    return model
+
+
+def main() -> None:
+    parser = make_parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="ROW", help=f"of {', '.join([*CHANGES, WITHOUT_LATENTS])}")
+    add("--steps", type=int, default=1500)
+    add("--root", default="data", help="of MNIST's files")
+    args = parser.parse_args()
+    data = MNIST("train", args.root)
+    test_set = test_images(HVAE(**BOTH), "mnist", args.root, limit=1000)
+    print("| model | parameters | -ELBO | k = 100 | reconstruction | KL of z_L ... z_1 |")
+    print("|---|---|---|---|---|---|")
+    for name, change in CHANGES.items():
+        if args.rows and name not in args.rows:
+            continue
+        torch.manual_seed(0)
+        model = HVAE(**{**BOTH, **change})
+        with tempfile.TemporaryDirectory() as out:
+            settings = {**TRAINING["mnist-hvae"], "steps": args.steps, "eval_every": args.steps}
+            model, _ = train(model, data, out=out, **settings)
+        m = evaluate(model, test_set, 100, batch_size=200, binarise=True)
+        kl = ", ".join(f"{nats:.1f}" for nats in reversed(m["kl"]))
+        nats = f"{-m['elbo']:.2f} | {-m['log_likelihood']:.2f} | {m['reconstruction']:.2f}"
+        print(f"| {name} | {count_parameters(model):,} | {nats} | {kl} |", flush=True)
+    if not args.rows or WITHOUT_LATENTS in args.rows:
+        model = train_window(args.steps, TRAINING["mnist-hvae"]["batch_size"], data)
+        x = torch.stack([image for image, _ in test_set])
+        with torch.no_grad():
+            nats = model(binarised(x, torch.Generator().manual_seed(0))).item()
+        print(f"| {WITHOUT_LATENTS} | {count_parameters(model):,} | {nats:.2f} | | | |")
+
+
+if __name__ == "__main__":
+    main()
