@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder, decode_text
+from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder, binarised, decode_text
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian
 from hvae.parallel import keep_memory, pick_device
@@ -36,7 +36,7 @@ CHECKPOINTS = {"captcha": FOLDER / "hvae.pt", "mnist": FOLDER / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
 CAPTION = 12  # pixels of the text below a sample
 SHEET = 1024  # images on a sheet, which is in memory all at once; a multiple of BATCH
-TEMPERATURE = 0.8  # of what is shown: as legible as the renderer's captchas, nearly; 1 draws p(x)
+TEMPERATURE = 0.8  # of sheets: nearly as legible as renders; 1 draws from p(x)
 Temperature = float | Sequence[float]  # times the priors' noise: of all levels, or each, z_1 first
 
 
@@ -427,6 +427,7 @@ def first_images(model: HVAE, dataset: Dataset, n: int) -> tuple[Tensor, Tensor 
     if not items:
         raise InputError("the data set is empty")
     x = torch.stack([image for image, _ in items]).to(model.device)
+    x = binarised(x, seeded(0)) if model.binarised else x
     if model.text_length is None:
         return x, None, []
     y = torch.stack([label for _, label in items])
@@ -454,7 +455,7 @@ def test_images(
         skip_bad: leave out damaged or misnamed files of the folder.
 
     Raises:
-        ValueError: the images that the model was trained on are not known or gone.
+        ValueError: the images that the model was trained on are unknown or gone.
     """
     origin = model.provenance.get("data", {"renderer": "captcha"})
     origin = origin if isinstance(origin, dict) else {}

@@ -54,8 +54,7 @@ from hvae.validate import (
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
 
-# Arguments of HVAE by name.
-# also what files hold that are older than these arguments
+# Arguments of HVAE by name. Files older than the two windows' arguments have none.
 WITHOUT_WINDOWS = {"context": None, "prior_context": None}
 BINARY_DIGITS = dict(
     WITHOUT_WINDOWS,
@@ -154,9 +153,7 @@ class Level(nn.Module):
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
 
     def prior(self, h: Tensor) -> Prior:
-        """p(z_l | z_{l+1..L}); p(z_L) is N(0, I), and takes only the number of images from h,
-        unless it has a flow or a window.
-        """
+        """p(z_l | z_{l+1..L}). For p(z_L) only h's batch size matters, unless it has a window."""
         if self.p is None:
             zeros = torch.zeros(len(h), *self.shape, device=h.device)
             p = DiagonalGaussian(zeros, zeros)
@@ -172,8 +169,8 @@ class Level(nn.Module):
         """q(z_l | z_{l+1..L}, x): what d and h say about z_l, times the prior, normalised.
 
         The ladder's precision-weighted product of two Gaussians (Sonderby et al. 2016, eq. 17-18):
-        the features act as a noisy observation of z_l. So the prior's mean has a direct gradient
-        towards the data's. Of a flow or a window, the base takes the prior's place.
+        the features act as a noisy observation of z_l, so the posterior has a direct gradient to
+        the prior's mean. If the prior is a flow or has a window, this is its base Gaussian.
         """
         base, evidence = p.base, self.q(torch.cat([d, h], dim=1))
         gap = base.logvar - evidence.logvar
@@ -229,18 +226,17 @@ class HVAE(nn.Module):
             `latent_width` of each level.
         inference: 'top-down' (ladder) or 'bottom-up' (Markov chain).
         likelihood: 'logistic' for 8-bit images, 'bernoulli' for binary ones, or 'gaussian'.
-        context: (rows, columns) of earlier pixels that p(x_i | z) sees as well: see
-            hvae/context.py. None, which a gaussian needs: pixels are independent given z.
-        prior_context: (rows, columns) of earlier positions that the prior of a latent map sees as
-            well: see hvae/prior.py (z_L of a chain sees none). None: positions are independent
-            given the levels above.
+        context: (rows, columns) of the window of earlier pixels that p(x_i | z, window) sees, see
+            hvae/context.py; None: pixels are independent given z. A 'gaussian' needs None.
+        prior_context: the same for the priors of latent maps, see hvae/prior.py (but for z_L of a
+            chain); None: positions are independent given the levels above.
         mixtures: components of the logistic.
         sigma: of the gaussian, for images in [-1, 1]; None learns it.
-        flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector;
-            0 keeps N(0, I). None is 24 for such a top of a ladder, otherwise 0.
+        flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector; 0 is
+            N(0, I) itself. None: 24 for such a top of a ladder of several levels, otherwise 0.
         text_length, charset: condition on texts of at most that length; None is the unconditional
             model.
-        lengths: how frequent texts of 1, 2, ... text_length symbols are; None: all are the longest.
+        lengths: relative frequencies of texts of 1 ... text_length symbols; None: all are longest.
 
     Raises:
         ValueError: naming the argument, or the block and layer of a config, that is at fault.
@@ -367,6 +363,11 @@ class HVAE(nn.Module):
     def device(self) -> torch.device:
         return self.to_image.weight.device
 
+    @property
+    def binarised(self) -> bool:
+        """Whether the weights were trained on pixels drawn as 0 or 1."""
+        return bool(self.provenance.get("binarised", False))
+
     # ------------------------------------------------------------------------ ELBO
 
     def forward(
@@ -402,7 +403,7 @@ class HVAE(nn.Module):
         """Draws z ~ q(z|x); returns p(x|z) and the terms of each level, z_1 first.
 
         `closed` (B,) is for training: how many of an image's lowest levels do not see x, but take
-        their prior's mean.
+        the mean of their prior's base Gaussian.
         """
         self.check_images(x)
         n = len(x) * draws
@@ -452,9 +453,9 @@ class HVAE(nn.Module):
     def kl(self, l: int, q: DiagonalGaussian, p: Prior, log_p: Tensor) -> Tensor:
         """The KL term of a level, (B,) nats: in closed form, or as -H(q) - log p(z_l).
 
-        In the chain p(z_l|z_{l+1}) depends on z_l itself, because z_{l+1} was drawn from it. The
-        closed form would take the two for independent. log p at the z_l drawn is unbiased, if
-        noisier. A flow and a window have no closed form either.
+        In the chain z_{l+1} was drawn given z_l. The closed form, which averages over z_l for a
+        fixed z_{l+1}, would be biased; log p at the z_l drawn is not, but noisier. A flow and a
+        window have no closed form.
         """
         if isinstance(p, DiagonalGaussian) and (self.top_down or l + 1 == len(self.levels)):
             return kl_divergence(q, p)
@@ -641,7 +642,7 @@ class HVAE(nn.Module):
 
     @torch.no_grad()
     def set_output_level(self, x: Tensor) -> None:
-        """Starts what is untrained of p(x|z) at images x (B, C, H, W): training begins sooner.
+        """Sets the output biases that are still zero from images x (B, C, H, W).
 
         Images with numbers that are not finite are left out.
         """

@@ -8,9 +8,9 @@ Each of these things was needed for samples that follow their text and look like
 
     beta starts above 1. While information is expensive, the model looks for the cheapest
         description of an image, and the text costs nothing.
-    closed levels: for half of every batch the lowest levels take their prior's mean instead of
-        seeing x. The glyphs of these images can only come from the top latents and the text. At
-        first, for half of these images, every level but the top is closed.
+    closed levels: in half of every batch the lowest levels do not see x, but take the mean of their
+        prior's base. The glyphs of these images can only come from the top latents and the text.
+        In the first third of a run, half of these images have every level closed but the top.
     free_nats: KL of a level that costs nothing, so that the upper levels are used.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
@@ -40,7 +40,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm, trange
 
-from dataset import MNIST, CaptchaDataset, CaptchaFolder
+from dataset import MNIST, CaptchaDataset, CaptchaFolder, binarised
 from generate import sample_sheet, save_figures, test_images
 from hvae import parallel
 from hvae.adapt import fitted_weights
@@ -88,40 +88,45 @@ class Hyperparameters:
     )
     free_nats: Sequence[float] | float | None = option(
         None,
-        "KL per image that costs nothing: of every level, or one each, z_1 first; "
-        "default: 40, and 80 for the top, in a short run 0",
+        "KL in nats that costs nothing (free bits): of every level, or one each, z_1 first; "
+        "default: 40, and 80 for the top; 0 in a short run",
     )
     closed_levels: int | None = option(
-        None, "lowest levels closed in a part of each batch; default: the lower half of a ladder"
+        None,
+        "how many of the lowest levels are closed in a part of each batch; "
+        "default: the lower half of a ladder",
     )
     closed_share: float | None = option(
-        None, "share of each batch that has closed levels; default: 0.5, in a short run 0", 0, 1
+        None, "share of each batch that has closed levels; default: 0.5; 0 in a short run", 0, 1
     )
     top_share: float = option(
-        0.5, "share of those images in which only the top is open, in the first third", 0, 1.001
+        0.5,
+        "share of those images in which only the top is open, in the first third of the run",
+        0,
+        1.001,
     )
     ema: float = option(0.999, "decay of the averaged weights", 0, 1)
     pixel_weight: float | None = option(
         None,
-        "weight of log p(x|z) of a context beside z's own guess of the image; default: 0.05, and "
-        "of binary pixels 0 at the start",
+        "weight of log p(x|z) against z's own guess, with a context; default: 0.05, for binary "
+        "pixels 0 at the start",
         0,
         1.000001,
     )
     pixel_rise: float | None = option(
         None,
-        "share of the steps over which the pixel weight rises to 1, or 0: it stays; "
-        "default: 0, of binary pixels 0.6",
+        "share of the run in which the pixel weight rises to 1, or 0: it stays; default: 0, for "
+        "binary pixels 0.6",
         0,
         1.000001,
     )
     frozen_latents: bool = option(False, "train only p(x|z), with latents and priors as they are")
     binarise: bool = option(False, "draw every pixel as 0 or 1, anew at every step")
     shift: int = option(
-        0, "pixels that an image is moved by, at most, anew at every step; for small data sets", 0
+        0, "augmentation: images are moved by up to so many pixels; for small data sets", 0
     )
     eval_every: int = option(1000, "steps between evaluations, samples and checkpoints", 1)
-    log_every: int = option(50, "steps that a row of the metrics averages over", 1)
+    log_every: int = option(50, "steps per row of metrics.csv", 1)
     seed: int = option(0, "of the weights, the noise and the order of the data", 0, 2**32)
 
     def __post_init__(self):
@@ -141,10 +146,11 @@ class Hyperparameters:
             elif kind is bool:
                 setattr(self, f.name, bool(value))
         self.beta_steps = min(self.beta_steps, self.schedule()["beta_steps"])
+        self.warmup = min(self.warmup, self.steps // 2)
 
     @property
     def is_short(self) -> bool:
-        """Whether the run ends before it learns texts; what makes a long run learn them is off."""
+        """Too short to learn texts: no beta above 1, free nats, closed levels by default."""
         return self.steps < SHORT_RUN
 
     def schedule(self) -> dict[str, float]:
@@ -278,15 +284,20 @@ def train(
     with locked(out) if parallel.rank() == 0 else nullcontext():
         bf16 = has_bf16(device) if bf16 is None else bf16
         run = Run(model, hp, device, bf16, description, images=len(train_set))
-        if has_state(out):
-            run.load(out / "state.pt")
-        else:
-            first = [train_set[i][0] for i in range(min(64, len(train_set)))]
-            model.set_output_level(torch.stack(first).to(device))
-        validate_step(run, out)
+        begin_or_resume(run, train_set, out)
         take_steps(run, train_set, val_set, out, workers, keep)
     with parallel.rank_0_first():  # which has written it
         return HVAE.load(out / "hvae.pt", device), run.history
+
+
+def begin_or_resume(run: Run, train_set: Dataset, out: Path) -> None:
+    """Resumes from the state in `out`; if there is none, starts p(x|z) at the data's level."""
+    if has_state(out):
+        run.load(out / "state.pt")
+    else:
+        first = [train_set[i][0] for i in range(min(64, len(train_set)))]
+        run.model.set_output_level(torch.stack(first).to(run.device))
+    validate_step(run, out)
 
 
 def take_steps(
@@ -366,7 +377,7 @@ def objective(
 ) -> Tensor:
     """reconstruction + beta * sum_l max(KL_l, free_nats_l), batch mean, in nats per image.
 
-    Of a model with a context, it is so much of the pixels', and the rest of that of z's guess.
+    With a context the reconstruction is pixel_weight * -log p(x|z) + (1 - pixel_weight) * guess.
     Free bits (Kingma et al. 2016, eq. 15) hold for a level's mean KL over the images in which it
     is open: `closed` (B,) is the number of an image's closed levels, whose KL is zero.
     """
@@ -394,7 +405,7 @@ def flow_loss(top: Level, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def batch_means(terms: ELBOTerms, closed: Tensor) -> dict[str, float]:
-    """The terms of the ELBO, each over the images in which nothing, or that level, is closed."""
+    """Means: reconstruction where no level is closed, each KL where its level is open."""
     is_open = is_open_level(terms, closed)
     of_open, of_all = terms.reconstruction[closed == 0].sum(), terms.reconstruction.sum()
     counts = torch.cat([is_open.sum(0), torch.tensor([len(closed)], device=closed.device)])
@@ -407,12 +418,6 @@ def batch_means(terms: ELBOTerms, closed: Tensor) -> dict[str, float]:
     if n_open[0] < n:
         means["reconstruction_closed"] = (of_all - of_open) / (n - n_open[0])
     return {**means, **{f"kl_{l + 1}": value for l, value in enumerate(kl)}}
-
-
-def binarised(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Every pixel drawn as 0 or 1, with its value as the probability; NaN stays."""
-    drawn = torch.bernoulli(x.nan_to_num(0, 0, 0).clamp(0, 1), generator=generator)
-    return torch.where(x.isfinite(), drawn, x)
 
 
 def shifted(x: Tensor, most: int) -> Tensor:
@@ -453,8 +458,8 @@ def write_checkpoint(run: Run, val_set: Dataset, out: Path, keep: bool) -> None:
     )
     if not math.isfinite(metrics["elbo"]):
         raise FloatingPointError(
-            f"step {run.step}: the held-out ELBO is {metrics['elbo']}: the weights are ruined, or "
-            "a held-out image is broken; what was saved before is untouched"
+            f"step {run.step}: the held-out ELBO is {metrics['elbo']}: training diverged, or a "
+            "held-out image is broken; earlier checkpoints are kept"
         )
     run.history[-1].update(
         val_neg_elbo=-metrics["elbo"],
@@ -589,7 +594,6 @@ def fit_prior(
     lr: float = 1e-3,
     workers: int = 1,
     seed: int = 0,
-    binarise: bool = False,
 ) -> HVAE:
     """Fits p(z_L), a flow, to q(z_L) over the first images of a data set, and nothing else.
 
@@ -606,7 +610,7 @@ def fit_prior(
     torch.manual_seed(seed)
     first = Subset(dataset, range(min(images, len(dataset))))
     loader = DataLoader(first, 100, num_workers=workers, worker_init_fn=ignore_interrupts)
-    mu, logvar = encode_top(model, loader, binarise)
+    mu, logvar = encode_top(model, loader)
 
     optimizer = torch.optim.AdamW(top.flow.parameters(), lr)
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
@@ -629,19 +633,19 @@ def fit_prior(
 
 
 @torch.no_grad()
-def encode_top(model: HVAE, loader: DataLoader, binarise: bool) -> tuple[Tensor, Tensor]:
+def encode_top(model: HVAE, loader: DataLoader) -> tuple[Tensor, Tensor]:
     """mu and logvar of q(z_L|.) of every image, (n, c) each."""
     device = model.device
     posteriors = []
     for x, y in tqdm(loader, desc="encode", unit="batch", dynamic_ncols=True, mininterval=1):
-        x = binarised(x) if binarise else x
+        x = binarised(x) if model.binarised else x
         y = y.to(device) if model.text_length is not None else None
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             _, levels = model.infer(x.to(device), y)
         posteriors.append(levels[-1].q)
         if not all(part.isfinite().all() for part in posteriors[-1]):
             n = loader.batch_size * len(posteriors)
-            raise FloatingPointError(f"an image among the first {n} is encoded to NaN")
+            raise FloatingPointError(f"q(z_L|x) is not finite for one of the first {n} images")
     return torch.cat([q.mu for q in posteriors]), torch.cat([q.logvar for q in posteriors])
 
 
@@ -655,11 +659,11 @@ def evaluate(
     importance_samples: int = 1,
     *,
     batch_size: int = 64,
-    binarise: bool = False,
+    binarise: bool | None = None,
     bf16: bool = False,
     seed: int = 0,
 ) -> dict:
-    """Means over a data set, in nats per image.
+    """Means over a data set, in nats per image; binarised as in training, unless told.
 
     Returns:
         elbo, reconstruction, kl (a list, z_1 first); log_likelihood, the importance-weighted
@@ -671,6 +675,7 @@ def evaluate(
     if len(dataset) == 0:
         raise InputError("evaluate: the data set is empty")
     device, was_training = model.device, model.training
+    binarise = model.binarised if binarise is None else binarise
     model.eval()
     draws = min(importance_samples, batch_size)  # of each image, at a time
     rows, bounds = [], []
@@ -734,6 +739,8 @@ def importance_bounds(log_weights: Tensor) -> dict[int, Tensor]:
 def hold_out(dataset: Dataset, seed: int, limit: int = 512) -> tuple[Dataset, Dataset]:
     """(training set, validation set): the data's own splits, or a tenth set aside."""
     if hasattr(dataset, "other_split"):
+        if dataset.split not in (None, "train"):
+            raise InputError(f"the data are the split {dataset.split!r}: train on 'train'")
         train_set = dataset if dataset.split else dataset.other_split("train", len(dataset))
         return train_set, dataset.other_split("val", limit)
     n = min(limit, max(1, len(dataset) // 10))
@@ -751,15 +758,21 @@ def data_arguments(dataset: Dataset) -> dict:
     if len(dataset) == 0:
         raise InputError("the training set has no images")
     image, _ = dataset[0]
+    source = source_of(dataset)
     arguments = dict(
         input_channels=image.shape[0],
         input_size=tuple(image.shape[1:]),
-        text_length=getattr(dataset, "text_length", None),
+        text_length=getattr(source, "text_length", None),
     )
     if arguments["text_length"] is not None:
-        arguments["charset"] = dataset.charset
-        arguments["lengths"] = getattr(dataset, "lengths", None)
+        arguments["charset"] = source.charset
+        arguments["lengths"] = getattr(source, "lengths", None)
     return arguments
+
+
+def source_of(dataset: Dataset) -> Dataset:
+    """The data set that a Subset is of."""
+    return source_of(dataset.dataset) if isinstance(dataset, Subset) else dataset
 
 
 def validate_sets(model: HVAE, hp: Hyperparameters, train_set: Dataset, val_set: Dataset) -> None:
@@ -786,7 +799,7 @@ def validate_data(model: HVAE, dataset: Dataset) -> None:
         raise InputError(
             f"the data's texts have {len(label)} symbols, the model's {model.text_length}"
         )
-    source = dataset.dataset if isinstance(dataset, Subset) else dataset
+    source = source_of(dataset)
     lengths = possible_lengths(getattr(source, "lengths", None) or [])
     if not set(lengths) <= set(model.possible_lengths):
         raise InputError(
@@ -839,7 +852,7 @@ def validate_step(run: Run, out: Path) -> None:
     if run.step > run.hp.steps:
         raise InputError(f"{out} holds {run.step} steps, more than steps={run.hp.steps}")
     if not parallel.all_equal(run.step, run.device):
-        raise InputError(f"{out}: the processes find different states; do they share it?")
+        raise InputError(f"{out}: the processes found different states; do they share its disk?")
 
 
 def description_of(dataset: Dataset):
@@ -859,13 +872,17 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     """The command line, with the defaults of one of CONFIGS."""
     parser = make_parser("Trains an HVAE on rendered captchas, on MNIST or on a folder of images.")
     add = parser.add_argument_group("data").add_argument
-    add("--data", choices=("captcha", "mnist"), help="renders, or digits; captcha")
+    add(
+        "--data",
+        choices=("captcha", "mnist"),
+        help="rendered captchas, the default, or handwritten digits",
+    )
     add("--folder", type=path_argument, metavar="DIR", help="train on the images in this folder")
     add("--skip-bad", action="store_true", help="leave out damaged or misnamed files of the folder")
     add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="image size; 60 160, or the folder's")
-    add("--length", type=int, help="symbols in the longest text; 4 when rendering, otherwise none")
-    add("--shortest", type=int, help="symbols in the shortest text; of a folder any number")
+    add("--length", type=int, help="symbols in the longest text; default: 4 for renders, else none")
+    add("--shortest", type=int, help="symbols in the shortest text; default: --length for renders")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
     add(
         "--fonts",
@@ -874,7 +891,7 @@ def training_parser(config: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="TrueType files to render with",
     )
-    add("--images", type=int, help="of the rendered data, a million; with --evaluate, of any data")
+    add("--images", type=int, help="how many to render, a million, or to evaluate")
     add("--workers", type=int, default=1, help="processes that load or render")
     add = parser.add_argument_group("model").add_argument
     add("--config", choices=tuple(CONFIGS), default=config, help="architecture and training")
@@ -1012,10 +1029,9 @@ def save_fitted_prior(args: argparse.Namespace) -> None:
     dataset = make_dataset(args)
     model = HVAE.load(args.fit_prior, pick_device(args.device))
     validate_data(model, dataset)
-    binarise = model.provenance.get("binarised", False)
     train_set, val_set = hold_out(dataset, args.seed)
-    fit_prior(model, train_set, workers=args.workers, seed=args.seed, binarise=binarise)
-    metrics = evaluate(model, val_set, binarise=binarise)
+    fit_prior(model, train_set, workers=args.workers, seed=args.seed)
+    metrics = evaluate(model, val_set)
     model.provenance["held_out"] = metrics
     print(f"held out -elbo {-metrics['elbo']:,.1f} nats, kl of the top {metrics['kl'][-1]:,.1f}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -1080,7 +1096,7 @@ def begin_with(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     model, new = adapted(model, **changes)
     blocks = sorted({".".join(name.split(".")[:3]) for name in new})
     print(
-        f"{args.init}: taken over, but for {len(new)} tensors of {', '.join(blocks) or 'nothing'}"
+        f"{args.init}: its weights, and {len(new)} new tensors in {', '.join(blocks) or 'nothing'}"
     )
     return model
 
@@ -1093,10 +1109,9 @@ def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:
 
 def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) -> None:
     """A line for each term of the ELBO."""
-    binarise = model.provenance.get("binarised", False)
     draws = max(64, 200_000 // math.prod(model.input_shape))  # together, as far as memory allows
-    metrics = evaluate(model, test_set, importance_samples, batch_size=draws, binarise=binarise)
-    print(f"{metrics['images']} images{', binarised' * binarise}, nats per image")
+    metrics = evaluate(model, test_set, importance_samples, batch_size=draws)
+    print(f"{metrics['images']} images{', binarised' * model.binarised}, nats per image")
     print(f"  -ELBO             {-metrics['elbo']:>10,.2f}")
     print(f"  reconstruction    {metrics['reconstruction']:>10,.2f}")
     for l in reversed(range(len(metrics["kl"]))):

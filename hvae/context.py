@@ -7,10 +7,10 @@ Gulrajani et al. 2017; variational lossy autoencoder, Chen et al. 2017). Channel
 mixtures of discretised logistics (PixelCNN++, Salimans et al. 2017), each given the channels
 before it; binary pixels are Bernoulli.
 
-An image has few colours, and a window inside a stroke does not see them all. So two more values
-are in every window of 8-bit images: the first pixel of the image, and the contrast, which is of
-all values above (and no further right than the window) the one that differs most from it. The
-first pixel itself is often the paper's colour: it is drawn from any 256 levels, without tails.
+An image has few colours, and a window inside a stroke may miss some. So windows of 8-bit images
+have two more values: the image's first pixel, which is often the paper, and the contrast: of all
+values above (and no further right than the window) the one farthest from the first. The first
+pixel has no window: each of its 256 levels has a probability of its own.
 
 The pixels of a window are gathered into one row for each pixel, and linear layers do the rest:
 a masked convolution and 1x1 convolutions, of chosen pixels only. The same code scores all pixels
@@ -32,7 +32,7 @@ BASES = 6  # that a mean starts from: left, above, a gradient, z's own guess, fi
 CHUNK = 1 << 16  # pixels scored at once: bounds the memory
 KEEP_EDGE, KEEP_FLAT = 0.05, 0.01  # shares of the pixels of 60x160 that a training step scores
 GUESS_SIGMA = 0.4  # for images in [-1, 1]
-CORRUPT = 0.005  # share of the window's values that are wrong in training
+CORRUPT = 0.005  # share of the window's values that are replaced at random in training
 
 
 class LogisticMixture(NamedTuple):
@@ -122,7 +122,7 @@ class ContextNetwork(nn.Module):
     @torch.no_grad()
     def start_first_at(self, x: Tensor) -> None:
         """Starts the first pixel at its frequencies in images x."""
-        levels = (255 * x[:, :, 0, 0]).round().long()
+        levels = (255 * x[:, :, 0, 0]).round().clamp(0, 255).long()
         counts = F.one_hot(levels, 256).sum(0)  # (C, 256)
         self.first.bias.copy_((counts + 0.01).log().flatten())
 
@@ -165,8 +165,8 @@ class ContextNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Channel after channel: a mixture whose means follow the channels before.
 
-        A channel follows each earlier one by a slope, that of the window's pixels (one ridge
-        regression after the other), drawn towards what h expects where the window has no colour.
+        A mean moves with each earlier channel's residual by a slope. Slopes are ridge regressions
+        over the window's pixels, shrunk towards a prediction from h.
         """
         bases = self.bases(window, f)  # (N, C, BASES)
         differences = window - window[:, -1:]
@@ -251,18 +251,15 @@ class Pixels:
     def estimate(self, x: Tensor) -> Tensor:
         """log_prob for training, (B,) nats: from a random part of the pixels, weighted by 1/share.
 
-        Binary pixels are all scored.
-
-        Pixels like all of their neighbours cost little and teach little; few of them are scored.
-        Of a smaller image a larger share is scored.
-        A few values in the windows are replaced, so that a sample recovers from an unlikely pixel,
-        which would otherwise lead to others.
+        Pixels equal to all their neighbours are rarely scored: they cost little and teach little.
+        Of a smaller image a larger share is scored, and of a binary one every pixel. A few values
+        in the windows are replaced at random, so that a sample recovers from an unlikely pixel.
         """
         if self.network.binary:
             return self.log_prob(x)
         keep = torch.where(is_flat(x), KEEP_FLAT, KEEP_EDGE) * (9600 / math.prod(self.size))
         keep = keep.clamp(max=1)
-        keep[:, 0, 0] = 1  # it is in all windows, and nothing is in its own
+        keep[:, 0, 0] = 1  # the first pixel: in every window, and predicted by z alone
         keep = keep.flatten()
         i = (torch.rand_like(keep) < keep).nonzero()[:, 0]
         image = i // math.prod(self.size)
@@ -279,8 +276,10 @@ class Pixels:
         if self.network.binary:
             return log_p
         first = (i % math.prod(self.size) == 0).nonzero()[:, 0]
-        of_first = self.network.first_pixel(f[first]).gather(2, x[first, :, None].long())
-        return log_p.index_copy(0, first, of_first[..., 0].to(log_p))
+        level = x[first, :, None].nan_to_num().clamp(0, 255).long()
+        of_first = self.network.first_pixel(f[first]).gather(2, level)[..., 0]
+        of_first = of_first + 0 * x[first]  # the score of a broken image is NaN
+        return log_p.index_copy(0, first, of_first.to(log_p))
 
     def canvases(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Canvases of x in levels, and of its extremes above and to the left of each pixel."""

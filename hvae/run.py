@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from hvae.checkpoint import flatten_optimizer, load_state, restore_optimizer, save_state
 from hvae.parallel import data_parallel
+from hvae.text import possible_lengths
 from hvae.validate import InputError
 
 PATIENCE = 20  # steps in a row without a finite gradient before a run gives up
@@ -111,18 +112,20 @@ class Run:
             ValueError: there is no readable state, or its run has another architecture.
         """
         tensors, metadata = load_state(path)
-        config = json.loads(json.dumps(self.model.config))
-        old = metadata["config"]
+        config, old = (
+            architecture(json.loads(json.dumps(self.model.config))),
+            architecture(metadata["config"]),
+        )
         names = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
         if names:
-            raise InputError(f"{path}: its run has another {', '.join(names)}")
+            raise InputError(f"{path}: it was trained with other {', '.join(names)}")
         changes = [
             f"{name} = {self.settings.get(name)} instead of {old}"
             for name, old in metadata["settings"].items()
             if self.settings.get(name) != old
         ]
         if changes:
-            warnings.warn(f"{path}: its run goes on with {', '.join(changes)}", stacklevel=2)
+            warnings.warn(f"{path}: resuming with {', '.join(changes)}", stacklevel=2)
         for name, module in (("model", self.model), ("average", self.average)):
             prefix = f"{name}."
             module.load_state_dict(
@@ -137,6 +140,12 @@ class Run:
         for i in range(torch.cuda.device_count()):
             if f"rng_cuda.{i}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"rng_cuda.{i}"], i)
+
+
+def architecture(config: dict) -> dict:
+    """A config in which texts' lengths are those that occur, however frequent they are."""
+    lengths = config.get("lengths")
+    return {**config, "lengths": lengths and possible_lengths(lengths)}
 
 
 class GradientClipper:
@@ -156,7 +165,7 @@ class GradientClipper:
 
     def __call__(self, model: nn.Module) -> bool:
         """Clips; True if the step should be taken."""
-        limit = self.mean if self.seen else math.inf
+        limit = self.mean or math.inf
         self.last = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
         self.skipped_in_a_row = 0 if self.last_is_finite else self.skipped_in_a_row + 1
         if not self.last_is_finite or (self.seen > 300 and self.last > 20 * self.mean):
@@ -165,7 +174,7 @@ class GradientClipper:
                 self.mean *= 1.02
             return False
         new = 0.98 * self.mean + 0.02 * min(self.last, 2 * self.mean)
-        self.mean = new if self.seen else self.last
+        self.mean = new if self.mean else self.last
         self.seen += 1
         return True
 

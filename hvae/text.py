@@ -15,12 +15,15 @@ def encode_text(text: str, charset: str = DIGITS + UPPERCASE, length: int | None
     """The text as indices into the charset, int64 (T,), filled up with blanks to a length.
 
     Raises:
-        ValueError: naming the first symbol that is not in the charset.
+        ValueError: naming the first symbol that is not in the charset, or a text that is too long.
     """
     for symbol in text:
         if symbol not in charset:
             raise InputError(f"text {text!r}: {symbol!r} is not in the charset {charset!r}")
-    blanks = [len(charset)] * (0 if length is None else length - len(text))
+    length = len(text) if length is None else length
+    if len(text) > length:
+        raise InputError(f"text {text!r}: expected at most {length} symbols")
+    blanks = [len(charset)] * (length - len(text))
     return torch.tensor([*map(charset.index, text), *blanks], dtype=torch.long)
 
 

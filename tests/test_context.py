@@ -317,3 +317,12 @@ def test_the_weight_of_binary_pixels_rises_to_one():
     hp = Hyperparameters(steps=1000)
     hp.fit_to(HVAE())
     assert {hp.pixel_weight_at(step) for step in range(0, 1000, 99)} == {0.05}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1.5])
+def test_a_broken_first_pixel_breaks_only_its_image(value):
+    p, x = distribution("logistic"), images("logistic", 2, 3, 5, 6)
+    expected = p.log_prob(x)
+    x[0, :, 0, 0] = value
+    torch.testing.assert_close(p.log_prob(x)[1], expected[1])
+    assert p.log_prob(x)[0].isfinite() == (value == 1.5)

@@ -64,11 +64,16 @@ def test_encode_names_the_offending_symbol(text, symbol):
 
 
 @given(st.text(CHARSET, max_size=5), st.integers(0, 8))
-def test_short_texts_end_in_blanks(text, length):
-    indices = encode_text(text, CHARSET, length)
-    assert len(indices) == max(len(text), length)
+def test_short_texts_end_in_blanks(text, more):
+    indices = encode_text(text, CHARSET, len(text) + more)
+    assert len(indices) == len(text) + more
     assert (indices[len(text) :] == len(CHARSET)).all()
     assert decode_text(indices, CHARSET) == text
+
+
+def test_a_long_text_is_refused():
+    with pytest.raises(ValueError, match="at most 3"):
+        encode_text("ABCD", CHARSET, 3)
 
 
 def test_renders_of_several_lengths():

@@ -129,6 +129,8 @@ def test_binarised_images_are_drawn_anew():
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(abs(share - 0.75) < 0.03 for share in drawn)
     assert black() == pytest.approx(0.75)
+    model.provenance["binarised"] = True  # then that is what evaluate() does
+    assert black() == drawn[0]
 
 
 def test_training_binarises(tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def short_run_and_one_astray(out):
     return weights, history, str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore:.*its run goes on with")  # more steps
+@pytest.mark.filterwarnings("ignore:.*resuming with")  # more steps
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     out = tmp_path / "run"
     two = in_two_processes(functools.partial(short_run_and_one_astray, str(out)), tmp_path)

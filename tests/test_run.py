@@ -32,10 +32,10 @@ from generate import sample_sheet
 from hvae import parallel
 from hvae.checkpoint import atomic_write, locked, read_csv, read_tensors, write_tensors
 from hvae.parallel import DeferredSignals
-from hvae.run import Run
+from hvae.run import Run, architecture
 from model import HVAE
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*its run goes on with")  # other steps
+pytestmark = pytest.mark.filterwarnings("ignore:.*resuming with")  # other steps
 FORKSERVER = multiprocessing.get_context("forkserver")
 
 
@@ -482,3 +482,8 @@ def test_extreme_images_and_variances_stay_finite(likelihood, bf16, inference):
         assert all(term.isfinite().all() for term in terms[:5])
         (-terms.elbo.mean()).backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_run_may_be_resumed_with_more_texts_of_the_same_lengths():
+    one, more, other = ({"lengths": counts} for counts in ([0, 3, 5], [0, 9, 6], [1, 3, 5]))
+    assert architecture(one) == architecture(more) != architecture(other)

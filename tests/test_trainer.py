@@ -44,7 +44,7 @@ from trainer import (
     train,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*its run goes on with")  # more steps, often
+pytestmark = pytest.mark.filterwarnings("ignore:.*resuming with")  # more steps, often
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
 VECTOR_TOP = dict(inner_config=[[("dense", 6)]], latent_channels=(2, 4))
 FILES = [".lock", "hvae.pt", "loss.png", "metrics.csv", "samples.png", "state.pt"]
@@ -466,7 +466,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 def test_resume_can_extend_a_run(tmp_path):
     fit(tmp_path, steps=4)
-    with pytest.warns(UserWarning, match="goes on with steps = 8 instead of 4$"):
+    with pytest.warns(UserWarning, match="resuming with steps = 8 instead of 4$"):
         _, history = fit(tmp_path, steps=8, resume=True)
     assert [row["step"] for row in history] == [2, 4, 6, 8]
     assert HVAE.load(tmp_path / "hvae.pt").provenance["steps"] == 8
@@ -756,6 +756,18 @@ def test_impossible_closed_levels(inference, closed_levels, tmp_path):
         fit(tmp_path, tiny(inference=inference), closed_levels=closed_levels)
 
 
+def test_a_subset_has_the_texts_of_its_data():
+    data = CaptchaDataset(20, image_size=(16, 40), text_length=2, charset="AB")
+    model = trainer.model_for(Subset(Subset(data, range(15)), range(10)))
+    assert (model.text_length, model.charset) == (2, "AB")
+
+
+def test_validation_data_are_not_trained_on(tmp_path):
+    data = CaptchaDataset(8, "val", image_size=(16, 40))
+    with pytest.raises(ValueError, match="'val'"):
+        train(trainer.model_for(data), data, out=tmp_path)
+
+
 # ---------------------------------------------------------------------------- fitting p(z_L)
 
 
@@ -782,7 +794,8 @@ def test_fit_prior_uses_as_many_images_as_it_is_told():
 def test_fit_prior_encodes_images_as_they_were_in_training(binarise):
     model, seen = tiny(**VECTOR_TOP, flow=1), []
     model.infer, infer = lambda x, *rest: seen.append(x) or infer(x, *rest), model.infer
-    fit_prior(model, bars(), steps=1, batch_size=4, workers=0, binarise=binarise)
+    model.provenance["binarised"] = binarise
+    fit_prior(model, bars(), steps=1, batch_size=4, workers=0)
     assert bool(((seen[0] == 0) | (seen[0] == 1)).all()) is binarise
 
 
@@ -837,6 +850,12 @@ def test_clipper_takes_norms_that_stay_high(clipping):
     assert all(step_with_gradient(*clipping, 1.0) for _ in range(301))
     taken = [step_with_gradient(*clipping, 100.0) for _ in range(200)]
     assert not any(taken[:50]) and all(taken[100:])
+
+
+def test_the_clipper_survives_a_gradient_of_zero(clipping):
+    for value in (0.0, 3.0):
+        assert step_with_gradient(*clipping, value)
+    assert clipping[1].weight.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("binarise", [False, True])

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import MNIST
+from dataset import MNIST, binarised
 from generate import test_images
 from hvae.cli import make_parser
 from hvae.context import ContextNetwork
 from model import CONFIGS, HVAE, count_parameters
-from trainer import TRAINING, binarised, evaluate, train
+from trainer import TRAINING, evaluate, train
 
 BOTH = CONFIGS["mnist-hvae"]
 CHANGES = {
@@ -88,7 +88,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             settings = {**TRAINING["mnist-hvae"], "steps": args.steps, "eval_every": args.steps}
             model, _ = train(model, data, out=out, **settings)
-        m = evaluate(model, test_set, 100, batch_size=200, binarise=True)
+        m = evaluate(model, test_set, 100, batch_size=200)
         kl = ", ".join(f"{nats:.1f}" for nats in reversed(m["kl"]))
         nats = f"{-m['elbo']:.2f} | {-m['log_likelihood']:.2f} | {m['reconstruction']:.2f}"
         print(f"| {name} | {count_parameters(model):,} | {nats} | {kl} |", flush=True)
