@@ -11,7 +11,6 @@ import csv
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,28 +61,17 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         ValueError: the metadata cannot be written as JSON.
         OSError: naming the file that could not be written.
     """
-    content = serialize(path, tensors, metadata)
-    with atomic_write(path) as temporary:
-        write_synced(temporary, content)
-
-
-def serialize(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping) -> bytes:
-    """The content of a file with these tensors and metadata."""
     try:
         text = json.dumps(metadata)
     except TypeError as error:
         names = ", ".join(metadata)
         raise InputError(f"{path}: {names} must be JSON: {error}") from error
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(tensors, {"hvae": text, "sha256": digest(tensors, text)})
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Returns once the disk has the content, so that a power cut after a renaming loses nothing."""
-    with open(path, "wb") as file:
+    content = save(tensors, {"hvae": text, "sha256": digest(tensors, text)})
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # before the renaming, so that a power cut loses nothing
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -152,38 +140,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
 # ---------------------------------------------------------------------------- run states
 
 
-def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping) -> None:
-    """Writes the state of a run; the state before it is kept as state.previous.pt.
-
-    Raises:
-        OSError: naming the file that could not be written; the old state is kept.
-    """
-    content = serialize(path, tensors, metadata)
-    with atomic_write(path) as temporary:
-        write_synced(temporary, content)
-        if is_state(path):  # a damaged one must not replace the last good one
-            os.replace(path, previous(path))
-
-
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The state of a run, or the one before it, with a warning, if the last is damaged.
-
-    Raises:
-        ValueError: neither file is readable.
-    """
-    try:
-        return read_state(path)
-    except (InputError, OSError) as error:
-        if not is_state(previous(path)):
-            raise
-        tensors, metadata = read_state(previous(path))
-        step = metadata["step"]
-        warnings.warn(f"{error}; going on from {previous(path).name}, step {step}", stacklevel=2)
-        return tensors, metadata
-
-
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The state in this very file; raises as read_tensors() does, also if it is something else."""
+    """The state of a run; raises as read_tensors() does, also if the file is something else."""
     tensors, metadata = read_tensors(path)
     missing = {"step", "config", "param_groups"} - metadata.keys()
     if missing:
@@ -191,23 +149,9 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, metadata
 
 
-def is_state(path: Path) -> bool:
-    """Whether this very file is a readable state."""
-    try:
-        read_state(path)
-    except (InputError, OSError):
-        return False
-    return True
-
-
-def previous(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
-
-
 def has_state(folder: Path) -> bool:
     """Whether a run in this folder can be resumed."""
-    state = folder / "state.pt"
-    return state.exists() or previous(state).exists()
+    return (folder / "state.pt").exists()
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list]:

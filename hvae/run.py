@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from hvae.checkpoint import flatten_optimizer, load_state, restore_optimizer, save_state
+from hvae.checkpoint import flatten_optimizer, load_state, restore_optimizer, write_tensors
 from hvae.parallel import data_parallel
 from hvae.text import possible_lengths
 from hvae.validate import InputError
@@ -103,7 +103,7 @@ class Run:
             began_with=self.began_with,
             provenance=self.average.module.provenance,
         )
-        save_state(path, tensors, metadata)
+        write_tensors(path, tensors, metadata)
 
     def load(self, path: Path) -> None:
         """Restores what save() wrote. The settings are the new ones; a warning names differences.

@@ -107,10 +107,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     two = in_two_processes(functools.partial(short_run_and_one_astray, str(out)), tmp_path)
     for rank, (_, _, message) in enumerate(two):
         folder = f"{out}{'-other' * rank}"
-        assert message.startswith(f"{folder}: the processes find different states; do they share")
+        assert message.startswith(f"{folder}: the processes found different states; do they share")
     (weights, history, _), (others, _, _) = two
     assert all(torch.equal(weights[name], others[name]) for name in weights)  # none drifts away
-    files = ["hvae.pt", "loss.png", "metrics.csv", "samples.png", "state.previous.pt", "state.pt"]
+    files = ["hvae.pt", "loss.png", "metrics.csv", "samples.png", "state.pt"]
     assert sorted(p.name for p in out.iterdir()) == [".lock", *files]
     assert [row["images"] for row in history] == [20, 40]
     assert [row["images"] for row in short_run(out, 15)[1]] == [20, 40, 60]
