@@ -9,13 +9,14 @@
           + prior matching   KL(q(z_L|.) || p(z_L))      p(z_L): N(0, I), a flow, or a window
           + consistency      sum_{l<L} KL(q(z_l|.) || p(z_l|.))     all in nats per image
 
-In the code the index of a level is l - 1: `levels[0]` holds z_1.
+Names: x (B, C, H, W) images in [0, 1]; y (B, T) their texts as indices; d the features on the way
+up (inference), h those on the way down (generation), (B, c, H_l, W_l) or (B, c) each; z latents.
+The index of a level is l - 1: `levels[0]` holds z_1.
 """
 
 import math
 import textwrap
 from collections.abc import Sequence
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvae.arguments import channels_per_level, flow_couplings, plain, validate_arguments
 from hvae.blocks import Block, Layer, Size, build, group_norm, mirror, pixels, plan, project
 from hvae.checkpoint import load_checkpoint, save_checkpoint
 from hvae.context import ContextNetwork, Pixels
 from hvae.distributions import (
+    LIKELIHOODS,
     Bernoulli,
     DiagonalGaussian,
     Flow,
@@ -43,10 +46,6 @@ from hvae.validate import (
     InputError,
     is_int,
     per_level,
-    validate_charset,
-    validate_choice,
-    validate_image_size,
-    validate_int,
 )
 
 # The shipped checkpoint: a vector for global properties, a 4x10 map for the layout, three
@@ -83,11 +82,8 @@ CONFIGS = {
     ),
 }
 
-MAX_LATENT = 2**16  # channels of a latent
-
 Prior = DiagonalGaussian | FlowPrior | WindowPrior
 ImageDistribution = Bernoulli | Gaussian | Logistic | Pixels
-LIKELIHOODS = {"bernoulli": Bernoulli, "gaussian": Gaussian, "logistic": Logistic}
 
 
 class ELBOTerms(NamedTuple):
@@ -728,85 +724,3 @@ def repeat(x: Tensor, draws: int) -> Tensor:
 
 def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def plain(value):
-    """A config as lists of tuples of plain values, whatever sequences and numbers it came in."""
-    if isinstance(value, (list, tuple)):
-        values = [plain(part) for part in value]
-        return tuple(values) if values and isinstance(values[0], str) else values
-    kind = next((kind for kind in (bool, str, int, float) if isinstance(value, kind)), None)
-    return kind(value) if kind else value
-
-
-def latent_width(c: int, size: Size) -> int:
-    """Channels of a latent beside c features of this size, if none are given.
-
-    Half of a vector's features; of a map the fewer, the more positions it has: 8 at 4x10, 4 at
-    8x20, 2 at 15x40, 1 from 35x80 up. These are the widths of the shipped model.
-    """
-    if not size:
-        return max(1, c // 2)
-    return max(1, min(c, round(50 / pixels(size) ** 0.5)))
-
-
-def channels_per_level(
-    latent_channels: int | Sequence[int] | None, widths: Sequence[int], sizes: Sequence[Size]
-) -> list[int]:
-    if latent_channels is None:
-        return [latent_width(c, size) for c, size in zip(widths, sizes, strict=True)]
-    levels = len(widths)
-    is_list = isinstance(latent_channels, (list, tuple))
-    channels = list(latent_channels) if is_list else [latent_channels] * levels
-    if len(channels) != levels or not all(is_int(c, 1) and c <= MAX_LATENT for c in channels):
-        raise InputError(
-            f"latent_channels: expected a whole number from 1 to {MAX_LATENT}, or {levels} "
-            f"(one per level), got {latent_channels!r}"
-        )
-    return channels
-
-
-def flow_couplings(flow: int | None, c_z: int, size: Size, by_default: bool) -> int:
-    """The number of couplings of p(z_L)'s flow."""
-    possible = not size and c_z > 1
-    if flow is None:
-        return 24 if possible and by_default else 0
-    validate_int("flow", flow, 0, 1000)
-    if flow and not possible:
-        raise InputError(
-            f"flow: {flow} couplings need a z_L that is a vector of two numbers or more; "
-            "end the last block with a 'dense'"
-        )
-    return flow
-
-
-def validate_arguments(**arguments) -> None:
-    """Raises InputError naming the first argument of HVAE that cannot be right.
-
-    The configs are checked by plan(), the widths by channels_per_level().
-    """
-    validate_image_size("input_size", arguments["input_size"])
-    inner_config, sigma = arguments["inner_config"], arguments["sigma"]
-    if not isinstance(inner_config, (list, tuple)):
-        raise InputError(f"inner_config: expected a list of lists of tuples, got {inner_config!r}")
-    validate_int("input_channels", arguments["input_channels"], 1)
-    validate_int("mixtures", arguments["mixtures"], 1, 1000)
-    validate_choice("inference", arguments["inference"], ("top-down", "bottom-up"))
-    validate_choice("likelihood", arguments["likelihood"], tuple(LIKELIHOODS))
-    for name in ("context", "prior_context"):
-        window = arguments[name]
-        pair = isinstance(window, (tuple, list)) and len(window) == 2
-        if window is not None and not (pair and all(is_int(n, 1) for n in window)):
-            raise InputError(f"{name}: expected (rows, columns), both >= 1, got {window!r}")
-    if arguments["context"] is not None and arguments["likelihood"] == "gaussian":
-        raise InputError("context: the likelihood 'gaussian' has none; pass context=None")
-    if sigma is not None and not (isinstance(sigma, Real) and 0 < sigma < 1e30):
-        raise InputError(f"sigma: expected a positive number or None, got {sigma!r}")
-    if arguments["text_length"] is not None:
-        validate_int("text_length", arguments["text_length"], 1, 1000)
-        validate_charset(arguments["charset"])
-        lengths, length = arguments["lengths"], arguments["text_length"]
-        if lengths is not None:
-            is_list = isinstance(lengths, (list, tuple)) and len(lengths) == length
-            if not (is_list and sum(per_level("lengths", lengths, length)) > 0):
-                raise InputError(f"lengths: expected {length} numbers >= 0, one > 0: {lengths!r}")

@@ -44,6 +44,7 @@ from dataset import MNIST, CaptchaDataset, CaptchaFolder, binarised
 from generate import sample_sheet, save_figures, test_images
 from hvae import parallel
 from hvae.adapt import fitted_weights
+from hvae.arguments import plain
 from hvae.checkpoint import has_state, locked, write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian
@@ -52,7 +53,7 @@ from hvae.pictures import write_figure, write_image
 from hvae.run import Run, copy_buffers
 from hvae.text import possible_lengths, span
 from hvae.validate import InputError, per_level, validate_int, validate_number
-from model import CONFIGS, HVAE, ELBOTerms, Level, plain
+from model import CONFIGS, HVAE, ELBOTerms, Level
 
 SHORT_RUN = 2_000  # steps
 VERSION = "2.0"  # of this code, written into every checkpoint

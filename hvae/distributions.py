@@ -289,3 +289,6 @@ def quantiles(x: Tensor, n: int) -> Tensor:
     """(n, C): the middles of n equally frequent classes of each channel's values."""
     values = x.transpose(0, 1).flatten(1).sort(dim=1).values
     return values[:, [int((k + 0.5) / n * values.shape[1]) for k in range(n)]].T
+
+
+LIKELIHOODS = {"bernoulli": Bernoulli, "gaussian": Gaussian, "logistic": Logistic}

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from test_blocks import configs
 from torch import nn
 
+from hvae.arguments import latent_width
 from hvae.blocks import plan
 from hvae.checkpoint import read_tensors, write_tensors
 from hvae.distributions import DiagonalGaussian, kl_divergence, quantiles
@@ -28,7 +29,6 @@ from model import (
     UPPERCASE,
     WITHOUT_WINDOWS,
     TextInput,
-    latent_width,
 )
 
 MODES = ["top-down", "bottom-up"]
