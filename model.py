@@ -74,11 +74,16 @@ CONFIGS = {
     ),
     "mnist-hvae": dict(
         BINARY_DIGITS,
-        outer_config=[("conv", 32, 2), ("res", 32), ("conv", 64, 2), ("res", 64)],
-        inner_config=[[("res", 64)]] * 4,
+        outer_config=[("conv", 32, 2), ("res", 32)],
+        inner_config=[
+            [("conv", 64, 2), ("res", 64)],
+            [("res", 64)],
+            [("res", 64)],
+            [("dense", 128)],
+        ],
+        latent_channels=(2, 4, 4, 4, 32),
+        flow=6,
         context=(3, 3),
-        prior_context=(3, 3),
-        latent_channels=4,
     ),
 }
 

@@ -219,9 +219,9 @@ TRAINING = {
     "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 5_000},
     "mnist-hvae": {
         **LIKELIHOOD_FIRST,
-        "free_nats": [4.0],
+        "free_nats": [0.0, 4.0, 4.0, 4.0, 4.0],
         "batch_size": 50,
-        "steps": 30_000,
+        "steps": 26_000,
         "binarise": True,
     },
 }
