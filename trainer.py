@@ -929,7 +929,7 @@ def add_hyperparameter(group, f) -> None:
     """A field of Hyperparameters as a flag."""
     name, default, help = "--" + f.name.replace("_", "-"), f.default, f.metadata["help"]
     if f.type is bool:
-        group.add_argument(name, action="store_true", help=help)
+        group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
     elif f.name == "free_nats":
         group.add_argument(name, type=float, nargs="+", metavar="NATS", help=help)
     else:
@@ -1045,7 +1045,11 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
     size = tuple(args.size) if args.size else None
     charset = {} if args.charset is None else {"charset": args.charset}
     if args.folder:
-        texts = dict(text_length=args.length, shortest=args.shortest or 1, **charset)
+        texts = dict(
+            text_length=args.length,
+            shortest=1 if args.shortest is None else args.shortest,
+            **charset,
+        )
         return CaptchaFolder(args.folder, size, **texts, skip_bad=args.skip_bad)
     if args.data == "mnist":
         return MNIST("train", args.root, args.length)

@@ -10,10 +10,11 @@ from hvae.validate import InputError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends an option's default to its help, unless the default is None."""
+    """Appends an option's default to its help, unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

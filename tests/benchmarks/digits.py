@@ -10,6 +10,7 @@ mnist`, and is measured on every tenth test image. The rows are Markdown.
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def main() -> None:
         model, start = HVAE(**{**ALL, **change}), time.time()
         settings = {**TRAINING["mnist-hvae"], "free_nats": [0.0] + [4.0] * (len(model.levels) - 1)}
         settings.update(more, steps=args.steps, eval_every=args.steps)
-        with tempfile.TemporaryDirectory() as out:
+        with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):
             model, _ = train(model, data, out=out, **settings)
         minutes = (time.time() - start) / 60
         m = evaluate(model, test_set, 10, batch_size=200)
