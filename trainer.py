@@ -1100,9 +1100,8 @@ def begin_with(dataset: Dataset, args: argparse.Namespace) -> HVAE:
         return model
     model, new = adapted(model, **changes)
     blocks = sorted({".".join(name.split(".")[:3]) for name in new})
-    print(
-        f"{args.init}: its weights, and {len(new)} new tensors in {', '.join(blocks) or 'nothing'}"
-    )
+    untrained = f", and {len(new)} new tensors in {', '.join(blocks)}" if new else ""
+    print(f"begins with the weights of {args.init}{untrained}")
     return model
 
 

@@ -309,7 +309,7 @@ def test_the_best_guess_is_the_image(likelihood):
 
 
 def test_the_weight_of_binary_pixels_rises_to_one():
-    model = HVAE(**{**CONFIGS["mnist-hvae"], "inner_config": []})
+    model = HVAE(**CONFIGS["mnist-hvae"])
     hp = Hyperparameters(steps=1000)
     hp.fit_to(model)
     weights = [hp.pixel_weight_at(step) for step in (0, 300, 600, 999)]

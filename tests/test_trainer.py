@@ -235,7 +235,8 @@ def test_learning_rate_rises_and_falls():
     assert rates[55] == pytest.approx(0.51)  # halfway down the cosine
     assert rates[-1] == pytest.approx(0.02, abs=1e-3)
     assert Hyperparameters(steps=100, warmup=0, lr=1.0).lr_at(0) == 1
-    assert 0 < Hyperparameters(steps=5, warmup=200, lr=1.0).lr_at(4) < 0.1
+    short = Hyperparameters(steps=5, warmup=200, lr=1.0)  # the warmup ends before the run
+    assert max(map(short.lr_at, range(5))) == 1
 
 
 def test_optimizer_follows_the_learning_rate(tmp_path):
@@ -375,7 +376,7 @@ def uninterrupted(tmp_path_factory):
         ("trainer.training_step", 7),  # between two checkpoints
         ("trainer.evaluate", 2),
         ("trainer.sample_sheet", 2),  # the metrics are already written
-        ("hvae.run.save_state", 2),  # the model, too
+        ("hvae.run.write_tensors", 2),  # the model, too
     ],
 )
 def test_resume_is_bitwise(target, call, uninterrupted, tmp_path):
@@ -1301,7 +1302,7 @@ def test_what_fits_is_taken_over_from_a_checkpoint_of_other_images(small, tmp_pa
     model.save(tmp_path / "model.pt")
     options = ["--lr", "1e-12", "--length", "2", "--charset", "AB", "--init"]
     trainer.main([*small, *options, str(tmp_path / "model.pt")])
-    assert "taken over, but for" in capsys.readouterr().out
+    assert "begins with the weights of" in capsys.readouterr().out
     trained = HVAE.load(tmp_path / "out" / "hvae.pt")
     assert trained.input_shape == (3, 16, 32) and trained.charset == "AB"
     close = functools.partial(torch.testing.assert_close, atol=1e-6, rtol=1e-5)
