@@ -472,12 +472,11 @@ def test_images(
     if data is None and "renderer" not in origin:
         raise InputError("the model was trained on data of your own; name a --folder or --data")
     size, length = 512 if limit is None else limit, model.text_length or 4
-    font_sizes = None
+    look = dict(fonts=fonts)
     if data is None:
-        fonts, font_sizes = fonts or origin.get("fonts"), origin.get("font_sizes")
+        look = dict(fonts=fonts or origin.get("fonts"), font_sizes=origin.get("font_sizes"))
     shortest = model.possible_lengths[0] if model.lengths else None
     texts = dict(text_length=length, shortest=shortest, charset=model.charset)
-    look = dict(fonts=fonts, font_sizes=font_sizes)
     return CaptchaDataset(size, "test", model.input_shape[1:], **texts, **look)
 
 

@@ -42,11 +42,7 @@ from hvae.distributions import (
 from hvae.parallel import has_bf16, pick_device
 from hvae.prior import WindowNetwork, WindowPrior
 from hvae.text import DIGITS, UPPERCASE, encode_text, match_case, possible_lengths, span
-from hvae.validate import (
-    InputError,
-    is_int,
-    per_level,
-)
+from hvae.validate import InputError, is_int, per_level
 
 # The shipped checkpoint: a vector for global properties, a 4x10 map for the layout, three
 # 8x20 maps for the strokes. Its latents have 64, 8 and three times 4 channels: latent_width().

@@ -146,8 +146,6 @@ class Hyperparameters:
                 setattr(self, f.name, float(value))  # numpy's numbers are not JSON
             elif kind is bool:
                 setattr(self, f.name, bool(value))
-        self.beta_steps = min(self.beta_steps, self.schedule()["beta_steps"])
-        self.warmup = min(self.warmup, self.steps // 2)
 
     @property
     def is_short(self) -> bool:
@@ -193,7 +191,8 @@ class Hyperparameters:
         return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def beta_at(self, step: int) -> float:
-        return self.beta_start ** max(0.0, 1 - step / self.beta_steps)
+        steps = min(self.beta_steps, self.schedule()["beta_steps"])
+        return self.beta_start ** max(0.0, 1 - step / steps)
 
     def pixel_weight_at(self, step: int) -> float:
         if not self.pixel_rise:
@@ -701,10 +700,7 @@ def evaluate(
     elbo, reconstruction, *kl = torch.cat(rows).mean(0).tolist()
     bounds = {k: torch.cat([b[k] for b in bounds]).mean().item() for k in bounds[0]}
     log_likelihood = bounds[importance_samples]
-    bits = None
-    if model.config["likelihood"] == "logistic":
-        bound = elbo if importance_samples == 1 else log_likelihood  # the same, with less noise
-        bits = -bound / (math.prod(model.input_shape) * math.log(2))
+    bound = elbo if importance_samples == 1 else log_likelihood  # the same, with less noise
     return {
         "elbo": elbo,
         "reconstruction": reconstruction,
@@ -713,8 +709,15 @@ def evaluate(
         "bounds": bounds,
         "importance_samples": importance_samples,
         "images": len(dataset),
-        "bits_per_dim": bits,
+        "bits_per_dim": bits_per_dim(model, bound),
     }
+
+
+def bits_per_dim(model: HVAE, bound: float) -> float | None:
+    """Of a bound on log p(x) in nats; None unless the model's is a probability of 8-bit images."""
+    if model.config["likelihood"] != "logistic":
+        return None
+    return -bound / (math.prod(model.input_shape) * math.log(2))
 
 
 def terms_per_image(terms: ELBOTerms, images: int) -> Tensor:

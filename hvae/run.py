@@ -112,10 +112,8 @@ class Run:
             ValueError: there is no readable state, or its run has another architecture.
         """
         tensors, metadata = load_state(path)
-        config, old = (
-            architecture(json.loads(json.dumps(self.model.config))),
-            architecture(metadata["config"]),
-        )
+        config = architecture(json.loads(json.dumps(self.model.config)))
+        old = architecture(metadata["config"])
         names = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
         if names:
             raise InputError(f"{path}: it was trained with other {', '.join(names)}")

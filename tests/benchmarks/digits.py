@@ -1,6 +1,6 @@
 """What each part of the digits' model is worth: one budget, one change at a time.
 
-    python tests/benchmarks/digits.py                    about 25 minutes on two cores
+    python tests/benchmarks/digits.py                    all rows
     python tests/benchmarks/digits.py "no context"       some of the rows
 
 Every model takes 1,000 steps of 50 on binarised MNIST, with the settings of `trainer.py --data
@@ -24,7 +24,7 @@ from generate import test_images
 from hvae.cli import make_parser
 from hvae.context import ContextNetwork
 from model import CONFIGS, HVAE, count_parameters
-from trainer import TRAINING, evaluate, train
+from trainer import TRAINING, batches, evaluate, train
 
 ALL = CONFIGS["mnist-hvae"]
 BOTTOM, TOP = ALL["inner_config"][0], ALL["inner_config"][-1]
@@ -65,16 +65,12 @@ def train_window(steps: int, batch_size: int, data: MNIST) -> WindowAlone:
     model = WindowAlone()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = torch.randperm(len(data))[: steps * batch_size].tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for x, _ in DataLoader(data, batch_sampler=batches * -(-steps // len(batches))):
+    for x, _ in DataLoader(data, batch_sampler=batches(len(data), batch_size, 0, 0, steps)):
         loss = model(binarised(x))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if schedule.last_epoch == steps:
-            break
     return model
 
 
