@@ -520,12 +520,6 @@ def open_mnist(root: str | Path, train: bool) -> datasets.MNIST:
         ) from error
 
 
-def binarised(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Every pixel drawn as 0 or 1, with its value as the probability of 1; NaN stays."""
-    drawn = torch.bernoulli(x.nan_to_num(0, 0, 0).clamp(0, 1), generator=generator)
-    return torch.where(x.isfinite(), drawn, x)
-
-
 # ---------------------------------------------------------------------------- loader
 
 

@@ -11,7 +11,6 @@ functions return matplotlib figures, for notebooks; `path` also writes them to a
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,21 +22,19 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder, binarised, decode_text
+from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder, decode_text
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
-from hvae.distributions import DiagonalGaussian
+from hvae.distributions import DiagonalGaussian, binarised
 from hvae.parallel import keep_memory, pick_device
 from hvae.pictures import picture_format, write_figure, write_image
-from hvae.validate import InputError, per_level, validate_int
+from hvae.validate import InputError, validate_int, validate_number
 from model import HVAE
 
 FOLDER = Path(__file__).resolve().parent / "checkpoints"
 CHECKPOINTS = {"captcha": FOLDER / "hvae.pt", "mnist": FOLDER / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
 CAPTION = 12  # pixels of the text below a sample
-SHEET = 1024  # images on a sheet, which is in memory all at once; a multiple of BATCH
-TEMPERATURE = 0.8  # of sheets: nearly as legible as renders; 1 draws from p(x)
-Temperature = float | Sequence[float]  # times the priors' noise: of all levels, or each, z_1 first
+SHEET = 1024  # images on a sheet, which is in memory all at once
 
 
 # ---------------------------------------------------------------------------- samples
@@ -51,7 +48,7 @@ def sample_batches(
     model: HVAE,
     n: int,
     text: str | None = None,
-    temperature: Temperature = TEMPERATURE,
+    temperature: float = 1.0,
     seed: int = 0,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Yields (images (<= 64, C, H, W) in [0, 1], their texts or "") until n are drawn."""
@@ -60,7 +57,7 @@ def sample_batches(
 
 
 def lazy_batches(
-    model: HVAE, n: int, text: str | None, temperature: Temperature, seed: int
+    model: HVAE, n: int, text: str | None, temperature: float, seed: int
 ) -> Iterator[tuple[Callable[[], Tensor], list[str]]]:
     """As sample_batches, with functions that draw the images: each batch has its own noise."""
     for k, first in enumerate(range(0, n, BATCH)):
@@ -75,7 +72,7 @@ def sample_sheet(
     model: HVAE,
     n: int = 32,
     text: str | None = None,
-    temperature: Temperature = TEMPERATURE,
+    temperature: float = 1.0,
     seed: int = 0,
     columns: int | None = None,
     captions: bool = False,
@@ -89,7 +86,7 @@ def sample_sheet(
     """
     validate_int("n", n, 1)
     if n > SHEET:
-        raise InputError(f"n: a sheet holds at most {SHEET} images, got {n}")
+        raise InputError(f"n: a sheet holds at most {SHEET} images, got {n}; see --individual")
     batches = sample_batches(model, n, text, temperature, seed)
     images = [captioned(*batch) if captions else batch[0] for batch in batches]
     return grid(torch.cat(images), columns or columns_for(model))
@@ -106,43 +103,12 @@ def captioned(images: Tensor, texts: Sequence[str]) -> Tensor:
     return torch.cat([images, torch.stack(strips)], 2)
 
 
-def save_sheets(
-    model: HVAE,
-    path: str | Path,
-    n: int,
-    text: str | None = None,
-    temperature: Temperature = TEMPERATURE,
-    seed: int = 0,
-    captions: bool = False,
-) -> list[Path]:
-    """Writes n samples, with captions on request, on sheets of at most SHEET; returns their paths.
-
-    One sheet is `path`, several are NAME-001.png, NAME-002.png, ... One is in memory at a time.
-
-    Raises:
-        ValueError: n < 1, a bad temperature, a text the model cannot draw, or a path whose
-            extension is not that of a picture.
-    """
-    validate_int("n", n, 1)
-    path, paths = Path(path), []
-    picture_format(path)  # errors come before the drawing
-    batches = sample_batches(model, n, text, temperature, seed)
-    with tqdm(total=n, unit="image", disable=n <= SHEET) as bar:
-        for i, _ in enumerate(range(0, n, SHEET)):
-            parts = islice(batches, SHEET // BATCH)
-            images = torch.cat([captioned(*part) if captions else part[0] for part in parts])
-            paths.append(path if n <= SHEET else path.with_stem(f"{path.stem}-{i + 1:03d}"))
-            write_image(grid(images, columns_for(model)), paths[-1])
-            bar.update(len(images))
-    return paths
-
-
 def save_individual(
     model: HVAE,
     folder: str | Path,
     n: int,
     text: str | None = None,
-    temperature: Temperature = TEMPERATURE,
+    temperature: float = 1.0,
     seed: int = 0,
     resume: bool = False,
 ) -> None:
@@ -158,7 +124,7 @@ def save_individual(
     validate_int("n", n, 1)
     if model.text_length is not None and set(UNSAFE) & set(model.charset):
         raise InputError("the charset has symbols that a file's name cannot hold")
-    per_level("temperature", temperature, len(model.levels))  # errors come before a folder is made
+    validate_number("temperature", temperature, 0)  # errors come before a folder is made
     model.draw_text(1, text, torch.Generator())
     folder = Path(folder)
     if not resume and folder.is_dir() and any(folder.iterdir()):
@@ -312,7 +278,7 @@ def plot_prior_vs_aggregate(
     model: HVAE,
     dataset: Dataset,
     n: int = 6,
-    temperature: Temperature = TEMPERATURE,
+    temperature: float = 1.0,
     seed: int = 0,
     path: str | Path | None = None,
 ) -> Figure:
@@ -321,16 +287,15 @@ def plot_prior_vs_aggregate(
     The texts are the same. Where N(0, I) is the prior, rows that look different show that it
     covers regions that no image is encoded to.
     """
-    T = per_level("temperature", temperature, len(model.levels))
     texts = draw_texts(model, n, None, seed)
     y = model.draw_text(n, texts or None)
     aggregate = fit_aggregate(model, dataset, n, seed=seed)
     rows = []
     for from_prior in (True, False):
         generator = seeded(seed)  # the noise of both rows is the same
-        z_top = None if from_prior else aggregate.sample(T[-1], generator)
+        z_top = None if from_prior else aggregate.sample(temperature, generator)
         latents = [*[None] * (len(model.levels) - 1), z_top]
-        rows.append(model.picture(model.generate(n, y, latents, T, generator), generator))
+        rows.append(model.picture(model.generate(n, y, latents, temperature, generator), generator))
     return plot_rows(rows, ["z_L ~ p(z_L)", "z_L ~ aggregate"], path, texts)
 
 
@@ -533,16 +498,9 @@ def sampling_parser() -> argparse.ArgumentParser:
     add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
     add("--checkpoint", type=path_argument, metavar="FILE", help="a file that HVAE.save wrote")
     add("--out", type=path_argument, default="samples.png", metavar="FILE", help="the sheet")
-    add("--n", type=int, default=32, help=f"images; more than {SHEET} take several sheets")
+    add("--n", type=int, default=32, help=f"images; on a sheet at most {SHEET}")
     add("--text", help="what to draw; by default another text on every image")
-    add(
-        "--temperature",
-        type=float,
-        nargs="+",
-        default=TEMPERATURE,
-        metavar="T",
-        help="times the priors' noise; one number, or one for each level, z_1 first; 1 draws p(x)",
-    )
+    add("--temperature", type=float, default=1.0, metavar="T", help="times the priors' noise")
     add("--captions", action="store_true", help="the texts asked for, below the samples")
     add("--seed", type=int, default=0, help="another seed gives other samples")
     add("--individual", type=path_argument, metavar="DIR", help="one file per image, no sheet")
@@ -584,9 +542,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_individual(model, args.individual, *request, args.resume)
             print(f"{args.n} images in {args.individual}")
         else:
-            paths = save_sheets(model, args.out, *request, args.captions)
-            sheets = f"{paths[0]} to {paths[-1]}" if len(paths) > 1 else paths[0]
-            print(f"{args.n} samples on {sheets}")
+            picture_format(Path(args.out))  # errors come before the drawing
+            write_image(sample_sheet(model, *request, captions=args.captions), args.out)
+            print(f"{args.n} samples on {args.out}")
 
 
 if __name__ == "__main__":

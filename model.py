@@ -42,7 +42,7 @@ from hvae.distributions import (
 from hvae.parallel import has_bf16, pick_device
 from hvae.prior import WindowNetwork, WindowPrior
 from hvae.text import DIGITS, UPPERCASE, encode_text, match_case, possible_lengths, span
-from hvae.validate import InputError, is_int, per_level
+from hvae.validate import InputError, is_int, validate_number
 
 # The shipped checkpoint: a vector for global properties, a 4x10 map for the layout, three
 # 8x20 maps for the strokes. Its latents have 64, 8 and three times 4 channels: latent_width().
@@ -465,16 +465,15 @@ class HVAE(nn.Module):
         n: int,
         y: Tensor | None = None,
         latents: Sequence[Tensor | None] | None = None,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> ImageDistribution:
         """p(x|z) for n images; z_l is latents[l - 1], or a draw from its prior if that is None."""
-        T = per_level("temperature", temperature, len(self.levels))
         h = self.start(n, y)
         for l in reversed(range(len(self.levels))):
             z = None if latents is None else latents[l]
             if z is None:
-                z = self.levels[l].prior(h).sample(T[l], generator)
+                z = self.levels[l].prior(h).sample(temperature, generator)
             h = self.descend(l, h, z, y)
         return self.p_x(h)
 
@@ -542,7 +541,7 @@ class HVAE(nn.Module):
         self,
         n: int,
         text: str | Sequence[str] | None = None,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n images (n, C, H, W) in [0, 1]: z from the prior, then a draw of p(x|z).
@@ -553,13 +552,13 @@ class HVAE(nn.Module):
         Args:
             text: one for all images or a list of n; None draws one for each, uniformly. It is
                 upper-cased if the charset has no lower-case letters.
-            temperature: multiplies the noise of the priors; one number, or one for each level,
-                z_1 first.
+            temperature: multiplies the noise of the priors; 1 draws from p(x).
             generator: makes the draw repeatable.
 
         Raises:
             ValueError: naming n, the temperature or the text, whichever does not fit the model.
         """
+        validate_number("temperature", temperature, 0)
         y = self.draw_text(n, text, generator)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device)):
             p_x = self.generate(n, y, temperature=temperature, generator=generator)

@@ -1,4 +1,4 @@
-"""train() fits an HVAE, evaluate() measures one, plot_history() draws how training went.
+"""train() fits an HVAE; plot_history() draws how it went; evaluate() is in hvae/evaluation.py.
 
 The loss of a batch, in nats per image (`objective`; of a flow also `flow_loss`):
 
@@ -34,20 +34,19 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
-from dataset import MNIST, CaptchaDataset, CaptchaFolder, binarised
+from dataset import MNIST, CaptchaDataset, CaptchaFolder
 from generate import sample_sheet, save_figures, test_images
 from hvae import parallel
-from hvae.adapt import fitted_weights
+from hvae.adapt import adapted
 from hvae.arguments import plain
 from hvae.checkpoint import has_state, locked, write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
-from hvae.distributions import DiagonalGaussian
+from hvae.distributions import binarised
+from hvae.evaluation import evaluate
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import write_figure, write_image
 from hvae.run import Run, copy_buffers
@@ -560,183 +559,6 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Fig
     return write_figure(figure, path)
 
 
-# ---------------------------------------------------------------------------- second stages
-
-
-def adapted(model: HVAE, **changes) -> tuple[HVAE, list[str]]:
-    """The same weights in a model with other arguments, and the names of those that are untrained.
-
-    It serves images of another size or grey ones, other texts, and windows for p(x|z) or the
-    priors. Weights are taken over as in hvae/adapt.py; a Gaussian's mean becomes z's guess.
-    """
-    config = {**model.config, **changes}
-    if config["context"] and config["likelihood"] == "gaussian":
-        config.update(likelihood="logistic", mixtures=changes.get("mixtures", 6))
-    changed = HVAE(**config)
-    fits = fitted_weights(model, changed)
-    changed.load_state_dict({**changed.state_dict(), **fits})
-    c = changed.input_shape[0]
-    if model.config["likelihood"] == "gaussian" and changed.context and c == model.input_shape[0]:
-        with torch.no_grad():
-            changed.to_image.weight[:, :c] = model.to_image.weight[:, :c]
-            changed.to_image.bias[:c] = model.to_image.bias[:c]
-    changed.provenance = model.provenance
-    return changed, [name for name in changed.state_dict() if name not in fits]
-
-
-def fit_prior(
-    model: HVAE,
-    dataset: Dataset,
-    *,
-    images: int = 150_000,
-    steps: int = 10_000,
-    batch_size: int = 256,
-    lr: float = 1e-3,
-    workers: int = 1,
-    seed: int = 0,
-) -> HVAE:
-    """Fits p(z_L), a flow, to q(z_L) over the first images of a data set, and nothing else.
-
-    Where q(z_L) and its prior differ, samples do not look like reconstructions; this takes
-    minutes (a second stage, as in Dai & Wipf 2019, section 4). Changes the model and returns it
-    in eval mode.
-
-    Raises:
-        ValueError: the model has no flow.
-    """
-    top = model.eval().levels[-1]
-    if top.flow is None:
-        raise InputError("p(z_L) of this model is no flow: there is nothing to fit")
-    torch.manual_seed(seed)
-    first = Subset(dataset, range(min(images, len(dataset))))
-    loader = DataLoader(first, 100, num_workers=workers, worker_init_fn=ignore_interrupts)
-    mu, logvar = encode_top(model, loader)
-
-    optimizer = torch.optim.AdamW(top.flow.parameters(), lr)
-    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
-    average = AveragedModel(top.flow, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    bar = trange(steps, desc="p(z_L)", unit="step", dynamic_ncols=True, mininterval=1)
-    for _ in bar:
-        i = torch.randint(len(mu), (batch_size,), device=mu.device)
-        loss = flow_loss(top, DiagonalGaussian(mu[i], logvar[i]).sample())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(top.flow.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(top.flow)
-        bar.set_postfix_str(f"-log p(z_L) {loss.item():.2f} nats", refresh=False)
-    top.flow.load_state_dict(average.module.state_dict())
-    fit = {"images": len(first), "steps": steps, "batch_size": batch_size}
-    model.provenance = {**model.provenance, "prior_fit": fit}
-    return model
-
-
-@torch.no_grad()
-def encode_top(model: HVAE, loader: DataLoader) -> tuple[Tensor, Tensor]:
-    """mu and logvar of q(z_L|.) of every image, (n, c) each."""
-    device = model.device
-    posteriors = []
-    for x, y in tqdm(loader, desc="encode", unit="batch", dynamic_ncols=True, mininterval=1):
-        x = binarised(x) if model.binarised else x
-        y = y.to(device) if model.text_length is not None else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            _, levels = model.infer(x.to(device), y)
-        posteriors.append(levels[-1].q)
-        if not all(part.isfinite().all() for part in posteriors[-1]):
-            n = loader.batch_size * len(posteriors)
-            raise FloatingPointError(f"q(z_L|x) is not finite for one of the first {n} images")
-    return torch.cat([q.mu for q in posteriors]), torch.cat([q.logvar for q in posteriors])
-
-
-# ---------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def evaluate(
-    model: HVAE,
-    dataset: Dataset,
-    importance_samples: int = 1,
-    *,
-    batch_size: int = 64,
-    binarise: bool | None = None,
-    bf16: bool = False,
-    seed: int = 0,
-) -> dict:
-    """Means over a data set, in nats per image; binarised as in training, unless told.
-
-    Returns:
-        elbo, reconstruction, kl (a list, z_1 first); log_likelihood, the importance-weighted
-        lower bound on log p(x) with that many draws of z (Burda et al. 2016, eq. 8); bounds, the
-        same for 1, 10, 100, ... of those draws; bits_per_dim of the bound (of one draw: of the
-        ELBO), or None unless the likelihood is a probability of 8-bit images ('logistic').
-    """
-    validate_int("importance_samples", importance_samples, 1)
-    if len(dataset) == 0:
-        raise InputError("evaluate: the data set is empty")
-    device, was_training = model.device, model.training
-    binarise = model.binarised if binarise is None else binarise
-    model.eval()
-    draws = min(importance_samples, batch_size)  # of each image, at a time
-    rows, bounds = [], []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        binariser = torch.Generator(device).manual_seed(seed)  # the same images for any draws
-        loader = DataLoader(dataset, max(1, batch_size // draws))
-        for x, y in tqdm(loader, desc="evaluate", delay=20, leave=False):
-            x, y = x.to(device), y.to(device) if model.text_length is not None else None
-            x = binarised(x, binariser) if binarise else x
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                terms = [
-                    model(x, y, draws=min(draws, importance_samples - first))
-                    for first in range(0, importance_samples, draws)
-                ]
-            log_weights = torch.cat([t.log_weight.view(len(x), -1) for t in terms], 1)
-            rows.append(
-                torch.cat([terms_per_image(t, len(x)) for t in terms], 1).cpu().double().mean(1)
-            )
-            bounds.append(importance_bounds(log_weights.cpu().double()))
-    model.train(was_training)
-    elbo, reconstruction, *kl = torch.cat(rows).mean(0).tolist()
-    bounds = {k: torch.cat([b[k] for b in bounds]).mean().item() for k in bounds[0]}
-    log_likelihood = bounds[importance_samples]
-    bound = elbo if importance_samples == 1 else log_likelihood  # the same, with less noise
-    return {
-        "elbo": elbo,
-        "reconstruction": reconstruction,
-        "kl": kl,
-        "log_likelihood": log_likelihood,
-        "bounds": bounds,
-        "importance_samples": importance_samples,
-        "images": len(dataset),
-        "bits_per_dim": bits_per_dim(model, bound),
-    }
-
-
-def bits_per_dim(model: HVAE, bound: float) -> float | None:
-    """Of a bound on log p(x) in nats; None unless the model's is a probability of 8-bit images."""
-    if model.config["likelihood"] != "logistic":
-        return None
-    return -bound / (math.prod(model.input_shape) * math.log(2))
-
-
-def terms_per_image(terms: ELBOTerms, images: int) -> Tensor:
-    """(images, draws, 2 + L): the ELBO, the reconstruction and the KL terms."""
-    rows = torch.cat([terms.elbo[:, None], terms.reconstruction[:, None], terms.kl], 1)
-    return rows.unflatten(0, (images, -1))
-
-
-def importance_bounds(log_weights: Tensor) -> dict[int, Tensor]:
-    """Bounds on log p(x), (B,), from log weights (B, K): for k = 1, 10, ... and K draws.
-
-    For a k below K the draws form K // k groups, whose bounds are averaged.
-    """
-    K = log_weights.shape[1]
-    numbers = sorted({10**i for i in range(len(str(K)))} | {K})
-    groups = {k: log_weights[:, : K // k * k].unflatten(1, (-1, k)) for k in numbers}
-    return {k: (g.logsumexp(2) - math.log(k)).mean(1) for k, g in groups.items()}
-
-
 # ---------------------------------------------------------------------------- data and checks
 
 
@@ -921,7 +743,6 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--keep", action="store_true", help="keep the model of every evaluation, as hvae-STEP.pt")
     add("--resume", action="store_true", help="continue the run in that folder, same options")
     add = parser.add_argument_group("instead of training").add_argument
-    add("--fit-prior", type=path_argument, metavar="FILE", help="fit only this checkpoint's flow")
     add("--evaluate", type=path_argument, metavar="FILE", help="measure it on held-out images")
     add("--importance-samples", type=int, default=1, help="draws of z for the bound on log p(x)")
     parser.set_defaults(**TRAINING[config])
@@ -974,13 +795,11 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     elif args.data == "captcha" or not args.evaluate:
         unused["with --data captcha"] = {"skip_bad", "root"}
     if args.evaluate:
-        files = {"size", "length", "shortest", "charset", "workers", "out", "fit_prior"}
+        files = {"size", "length", "shortest", "charset", "workers", "out"}
         unused["with --evaluate"] = training | architecture | files
         return unused
     unused["without --evaluate"] = {"importance_samples"}
-    if args.fit_prior:
-        unused["with --fit-prior"] = (training - {"seed"}) | architecture
-    elif args.init:
+    if args.init:
         adds_context = args.context and any(args.context)
         kept = {"config", "context", "prior_context"} | ({"mixtures"} if adds_context else set())
         unused["with --init"] = architecture - kept
@@ -991,16 +810,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser, args, given = parse(arguments)
     reject_unused(parser, given, unused_options(args))
     keep_memory()
-    trains = not (args.evaluate or args.fit_prior)
-    hint = "; go on with the same options and --resume" if trains else ""
+    hint = "" if args.evaluate else "; go on with the same options and --resume"
     with one_line_errors(parser, after_interrupt=hint):
         if args.images is not None:
             validate_int("--images", args.images, 1, sys.maxsize)
         if args.evaluate:
             model = HVAE.load(args.evaluate, pick_device(args.device))
             print_evaluation(model, test_set_for(model, args), args.importance_samples)
-        elif args.fit_prior:
-            save_fitted_prior(args)
         else:
             train_and_draw(args)
         parallel.shutdown_processes()
@@ -1024,23 +840,6 @@ def train_and_draw(args: argparse.Namespace) -> None:
     if leads:
         save_figures(model, Path(args.out), hold_out(dataset, args.seed)[1])
         print(f"model, metrics and pictures in {args.out}")
-
-
-def save_fitted_prior(args: argparse.Namespace) -> None:
-    """--fit-prior: writes OUT/hvae.pt."""
-    validate_folder(Path(args.out), resume=False)
-    torch.manual_seed(args.seed)
-    dataset = make_dataset(args)
-    model = HVAE.load(args.fit_prior, pick_device(args.device))
-    validate_data(model, dataset)
-    train_set, val_set = hold_out(dataset, args.seed)
-    fit_prior(model, train_set, workers=args.workers, seed=args.seed)
-    metrics = evaluate(model, val_set)
-    model.provenance["held_out"] = metrics
-    print(f"held out -elbo {-metrics['elbo']:,.1f} nats, kl of the top {metrics['kl'][-1]:,.1f}")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    model.save(Path(args.out) / "hvae.pt")
-    print(f"model with the fitted prior in {Path(args.out) / 'hvae.pt'}")
 
 
 def make_dataset(args: argparse.Namespace) -> Dataset:

@@ -8,11 +8,33 @@ Most weights fit as they are. These are fitted, so that each layer says about wh
     texts                 the places that both lengths have
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvae.blocks import Layer, Size, pixels
 from hvae.text import encode_text
+
+
+def adapted(model: nn.Module, **changes) -> tuple[nn.Module, list[str]]:
+    """The same weights in an HVAE with other arguments, and the names of those that are untrained.
+
+    It serves images of another size or grey ones, other texts, and windows for p(x|z) or the
+    priors. A Gaussian's mean becomes z's guess.
+    """
+    config = {**model.config, **changes}
+    if config["context"] and config["likelihood"] == "gaussian":
+        config.update(likelihood="logistic", mixtures=changes.get("mixtures", 6))
+    changed = type(model)(**config)
+    fits = fitted_weights(model, changed)
+    changed.load_state_dict({**changed.state_dict(), **fits})
+    c = changed.input_shape[0]
+    if model.config["likelihood"] == "gaussian" and changed.context and c == model.input_shape[0]:
+        with torch.no_grad():
+            changed.to_image.weight[:, :c] = model.to_image.weight[:, :c]
+            changed.to_image.bias[:c] = model.to_image.bias[:c]
+    changed.provenance = model.provenance
+    return changed, [name for name in changed.state_dict() if name not in fits]
 
 
 def fitted_weights(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:

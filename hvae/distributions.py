@@ -155,6 +155,12 @@ def from_logits(m: Tensor) -> Tensor:
     return (torch.sigmoid(2 * m) - EDGE) / (1 - 2 * EDGE)
 
 
+def binarised(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Every pixel drawn as 0 or 1, with its value as the probability of 1; NaN stays."""
+    drawn = torch.bernoulli(x.nan_to_num(0, 0, 0).clamp(0, 1), generator=generator)
+    return torch.where(x.isfinite(), drawn, x)
+
+
 class Bernoulli:
     """Independent Bernoulli pixels, for grey images (Kingma & Welling 2014, appendix C.1).
 

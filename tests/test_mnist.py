@@ -13,8 +13,9 @@ from dataset import MNIST
 from generate import plot_manifold, plot_plane
 from generate import test_images as held_out_images
 from hvae.checkpoint import read_csv
+from hvae.evaluation import evaluate, importance_bounds
 from model import CONFIGS, HVAE
-from trainer import evaluate, hold_out, importance_bounds, train
+from trainer import hold_out, train
 
 
 def write_idx(path, array):

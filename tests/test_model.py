@@ -692,18 +692,6 @@ def test_samples_in_bfloat16_stay_close(monkeypatch):
     torch.testing.assert_close(half, draw(model), atol=0.01, rtol=0)
 
 
-@modes
-def test_temperature_per_level(inference, full_precision):
-    """The second number is z_2's: with 0 for either level the spread is that of the other."""
-    model = tiny(inference).eval()
-    at = lambda T: draw(model, 6, temperature=T)
-    assert torch.equal(at([0.5, 0.5]), at(0.5)) and torch.equal(at((0.5,)), at(0.5))
-    z_2 = model.levels[1].prior(torch.zeros(6, 1, 1, 1)).sample(1.0, seeded())
-    by_hand = model.generate(6, latents=[None, z_2], temperature=0).image
-    torch.testing.assert_close(at([0, 1]), by_hand)
-    assert not torch.allclose(at([0, 1]), at([1, 0]), atol=1e-3)
-
-
 def test_draw_text():
     model = tiny(text_length=3, charset="XYZ")
     assert model.draw_text(2, "XZY").tolist() == [[0, 2, 1], [0, 2, 1]]

@@ -15,6 +15,7 @@ import captcha.image
 import numpy as np
 import pytest
 import torch
+from benchmarks.fit_prior import fit_prior
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -36,7 +37,6 @@ from trainer import (
     batch_means,
     batches,
     evaluate,
-    fit_prior,
     hold_out,
     objective,
     plot_history,
@@ -507,7 +507,6 @@ def test_run_is_not_overwritten(arguments, message, tmp_path):
     "resume, message", [(False, "choose another"), (True, "no run that could be resumed")]
 )
 def test_model_without_a_run_is_not_overwritten(resume, message, tmp_path):
-    """--fit-prior writes such a folder."""
     tiny().save(tmp_path / "hvae.pt")
     before = content(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -787,12 +786,6 @@ def test_fit_prior_changes_only_the_flow_and_lowers_the_top_kl():
     after = evaluate(model, bars(seed=1))["kl"]
     assert after[1] < kl[1] - 1 and after[0] == pytest.approx(kl[0], rel=0.05)
     assert model.provenance["prior_fit"] == {"images": 40, "steps": 200, "batch_size": 32}
-
-
-def test_fit_prior_uses_as_many_images_as_it_is_told():
-    settings = dict(images=12, steps=1, batch_size=4, workers=0)
-    model = fit_prior(tiny(**VECTOR_TOP, flow=1), bars(), **settings)
-    assert model.provenance["prior_fit"]["images"] == 12
 
 
 @pytest.mark.parametrize("binarise", [False, True])
@@ -1132,7 +1125,7 @@ OPTIONS = """--data --folder --skip-bad --root --size --length --shortest --char
     --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats
     --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-latents --binarise
     --shift --eval-every
-    --log-every --seed --device --out --keep --resume --fit-prior --evaluate
+    --log-every --seed --device --out --keep --resume --evaluate
     --importance-samples"""
 
 
@@ -1327,28 +1320,6 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
     assert all(map(torch.equal, model.state_dict().values(), second.state_dict().values()))
 
 
-def test_command_line_fits_the_prior(small, tmp_path, monkeypatch, capsys):
-    for name, flow in (("with", 2), ("without", 0)):
-        tiny_captcha(**VECTOR_TOP, text_length=None, flow=flow).save(tmp_path / f"{name}.pt")
-    patched = functools.partial(trainer.fit_prior, steps=2, batch_size=4)
-    monkeypatch.setattr(trainer, "fit_prior", patched)
-    out = tmp_path / "out"
-    options = [*small[:2], "--workers", "0", "--device", "cpu", "--fit-prior"]
-    trainer.main([*options, str(tmp_path / "with.pt"), "--out", str(out)])
-    fitted_to, held_out = hold_out(CaptchaFolder(small[1]), 0)
-    fitted = HVAE.load(out / "hvae.pt")
-    assert fitted.config == HVAE.load(tmp_path / "with.pt").config
-    assert fitted.provenance["prior_fit"]["steps"] == 2
-    assert fitted.provenance["prior_fit"]["images"] == len(fitted_to)  # none of the held-out ones
-    assert fitted.provenance["held_out"]["images"] == len(held_out)
-    before = content(out)
-    assert before.keys() == {"hvae.pt"}  # no state
-    line = last_line([*options, str(tmp_path / "with.pt"), "--out", str(out)], capsys)
-    assert f"{out} holds a run" in line and content(out) == before
-    other = str(tmp_path / "other")
-    assert "no flow" in last_line([*options, str(tmp_path / "without.pt"), "--out", other], capsys)
-
-
 def test_evaluation_is_on_what_the_command_line_names(small):
     options = lambda *words: trainer.parse(["--evaluate", "any.pt", *words])[1]
     assert len(trainer.test_set_for(tiny(), options(*small[:2], "--images", "3"))) == 3
@@ -1397,7 +1368,6 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
         ("--folder ''", "--folder: expected a path"),
         ("--out ''", "--out: expected a path"),
         ("--init ''", "--init: expected a path"),
-        ("--fit-prior ''", "--fit-prior: expected a path"),
         ("--evaluate ''", "--evaluate: expected a path"),
         # an option without effect
         ("--fonts a.ttf", "--fonts has no effect with --folder"),
@@ -1407,7 +1377,6 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
         ("--init some.pt --sigma 1", "--sigma has no effect with --init"),
         ("--init some.pt --unconditional", "--unconditional has no effect with --init"),
         ("--evaluate some.pt", "--batch-size has no effect with --evaluate"),
-        ("--fit-prior some.pt", "--batch-size has no effect with --fit-prior"),
         ("--likelihood gaussian --mixtures 3", "--mixtures has no effect on the likelihood"),
         ("--likelihood bernoulli --sigma 1", "--sigma has no effect on the likelihood 'bernoulli'"),
     ],
@@ -1433,9 +1402,6 @@ def test_command_line_errors(options, message, small, capsys):
         ("--evaluate some.pt --steps 3", "--steps has no effect with --evaluate"),
         ("--evaluate some.pt --out here", "--out has no effect with --evaluate"),
         ("--evaluate some.pt --length 3", "--length has no effect with --evaluate"),
-        ("--evaluate some.pt --fit-prior other.pt", "--fit-prior has no effect with --evaluate"),
-        ("--fit-prior some.pt --keep", "--keep has no effect with --fit-prior"),
-        ("--fit-prior some.pt --flow 2", "--flow has no effect with --fit-prior"),
     ],
 )
 def test_command_line_errors_without_a_folder(options, message, capsys, monkeypatch):

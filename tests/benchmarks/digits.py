@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import MNIST, binarised
+from dataset import MNIST
 from generate import test_images
 from hvae.cli import make_parser
 from hvae.context import ContextNetwork
+from hvae.distributions import binarised
 from model import CONFIGS, HVAE, count_parameters
 from trainer import TRAINING, batches, evaluate, train
 

@@ -30,7 +30,7 @@ def main() -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", default=str(CHECKPOINTS["captcha"]))
     add("--n", type=int, default=600, help="held-out captchas")
-    add("--temperature", type=float, nargs="+", default=[1.0], help="one, or one per level")
+    add("--temperature", type=float, default=1.0, help="times the priors' noise")
     add("--reader", default="checkpoints/run/reader.pt", help="read, or trained and written")
     args = parser.parse_args()
     model, generator = HVAE.load(args.checkpoint), torch.Generator().manual_seed(0)

@@ -71,7 +71,7 @@ def renders_for(model: HVAE) -> Draw:
     return draw
 
 
-def samples_of(model: HVAE, temperature: float | Sequence[float]) -> Draw:
+def samples_of(model: HVAE, temperature: float) -> Draw:
     def draw(texts: Sequence[str], stream: str) -> Tensor:
         generator = torch.Generator().manual_seed(random_stream(3, stream, 0).getrandbits(62))
         parts = [list(texts[i : i + 64]) for i in range(0, len(texts), 64)]
@@ -225,7 +225,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("checkpoints", nargs="*", default=[str(CHECKPOINTS["captcha"])])
-    add("--temperature", type=float, nargs="+", default=[1.0], help="one, or one per level")
+    add("--temperature", type=float, default=1.0, help="times the priors' noise")
     add("--n", type=int, default=2000, help="images of each source, measured")
     add("--n-train", type=int, default=20_000, help="images that a reader is trained on")
     add("--n-two", type=int, default=6000, help="images of each kind in the two-sample test")
@@ -260,7 +260,7 @@ def main() -> None:
             columns[path]["bits/dim"] = metrics["bits_per_dim"]
         if not args.curve:
             columns[path].update(use(draw, real, real_texts, test, model, args))
-    print(f"T = {' '.join(map(str, args.temperature))}")
+    print(f"T = {args.temperature:g}")
     print_table(columns)
     if args.curve:
         seen = [model.provenance.get("images_seen", 0) for model in models.values()]
