@@ -329,9 +329,8 @@ class Pixels:
     def sample(self, generator: torch.Generator | None = None, raster: bool = False) -> Tensor:
         """An exact draw of p(x|z), (B, C, H, W) in [0, 1].
 
-        A pixel sees no further right than `columns` in the rows above. So all pixels (i, j) with
-        the same j + (columns + 1) i are drawn at once, in W + (columns + 1)(H - 1) rounds.
-        `raster` draws one pixel after the other, with the same result.
+        The pixels of a front are drawn at once. `raster` draws one pixel after the other, with
+        the same result.
         """
         (h, w), c, device = self.size, self.network.channels, self.f.device
         batch = len(self.parameters)
@@ -344,11 +343,8 @@ class Pixels:
         shape = (batch * h * w, c, 2)
         noise = torch.rand(shape, generator=generator, dtype=canvas.dtype, device=source)
         noise = noise.to(device).clamp(1e-6, 1 - 1e-6)
-        pixel = torch.arange(h * w, device=device)
-        front = pixel if raster else pixel % w + (self.network.columns + 1) * (pixel // w)
         first = h * w * torch.arange(batch, device=device)[:, None]
-        order = front.argsort(stable=True)
-        for pixels in order.split(front.unique(return_counts=True)[1].tolist()):
+        for pixels in fronts(h, w, self.network.columns, device, raster):
             i = (first + pixels).flatten()
             places, f = self.places(i), self.f.index_select(0, i).to(canvas)
             if pixels[0] == 0 and not self.network.binary:
@@ -365,6 +361,19 @@ class Pixels:
             high[places] = torch.maximum(x, torch.maximum(high[left], high[up]))
         drawn = canvas[self.places(torch.arange(batch * h * w, device=device))] / self.levels
         return drawn.view(batch, h, w, c).permute(0, 3, 1, 2)
+
+
+def fronts(
+    h: int, w: int, columns: int, device: torch.device, raster: bool = False
+) -> Sequence[Tensor]:
+    """Positions of a map (h, w), counted row by row, in the order in which they are drawn.
+
+    A position sees no further right than `columns` in the rows above. So all (i, j) with the same
+    j + (columns + 1) i make a front, w + (columns + 1)(h - 1) in all. `raster`: one position each.
+    """
+    place = torch.arange(h * w, device=device)
+    front = place if raster else place % w + (columns + 1) * (place // w)
+    return front.argsort(stable=True).split(front.unique(return_counts=True)[1].tolist())
 
 
 def root(t: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     p(z_l | h) = prod_i p(z_li | h_i, z_lj for j in the window of i)
 
 One diagonal Gaussian has to place all symbols at once, each without knowing of the others. Here
-the positions are drawn one after the other, in reading order, each from a mixture of Gaussians.
-It is for latents what hvae/context.py is for pixels.
+a position is drawn after those of its window, from a mixture of Gaussians. It is for latents what
+hvae/context.py is for pixels, and they are drawn on the same slanted fronts.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvae.context import fronts
 from hvae.distributions import DiagonalGaussian
 
 
@@ -83,23 +84,31 @@ class WindowPrior:
         log_p = -0.5 * (squares + 2 * log_sigma + math.log(2 * math.pi)).sum(2)
         return torch.logsumexp(log_pi + log_p, 1).flatten(1).sum(1) - log_scale.flatten(1).sum(1)
 
-    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """A draw, position after position; the temperature multiplies the Gaussians' noise."""
+    def sample(
+        self,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        raster: bool = False,
+    ) -> Tensor:
+        """A draw, front after front; the temperature multiplies the Gaussians' noise."""
         b, c, H, W = self.base.mu.shape
         net, device = self.network, self.base.mu.device
         source = generator.device if generator else device
         eps = torch.randn((b, c, H, W), generator=generator, device=source).to(device)
         noise = torch.rand((b, 1, H, W), generator=generator, device=source).to(device)
         canvas = net.canvas(torch.zeros_like(eps))
-        for i in range(H):
-            for j in range(W):
-                window = canvas[:, :, i : i + net.rows + 1, j : j + 2 * net.columns + 1]
-                log_pi, mean, log_sigma = net(window, self.from_h[:, :, i : i + 1, j : j + 1])
-                cumulative = log_pi[..., 0, 0].exp().cumsum(1)
-                k = (cumulative[:, :-1] < noise[:, :, i, j]).sum(1)  # of the component, (B,)
-                image = torch.arange(b, device=device)
-                mean, log_sigma = mean[image, k, :, 0, 0], log_sigma[image, k, :, 0, 0]
-                u = mean + temperature * log_sigma.exp() * eps[:, :, i, j]
-                canvas[:, :c, net.rows + i, net.columns + j] = u
+        # a view: the window of each position, (B, c + 1, H, W, rows + 1, 2 columns + 1)
+        windows = canvas.unfold(2, net.rows + 1, 1).unfold(3, 2 * net.columns + 1, 1)
+        for front in fronts(H, W, net.columns, device, raster):
+            i, j = front // W, front % W
+            at = lambda maps, i=i, j=j: maps[:, :, i, j].transpose(1, 2).flatten(0, 1)
+            log_pi, mean, log_sigma = net(at(windows), at(self.from_h)[..., None, None])
+            cumulative = log_pi[..., 0, 0].exp().cumsum(1)
+            k = (cumulative[:, :-1] < at(noise)).sum(1)  # of the component
+            row = torch.arange(len(k), device=device)
+            mean, log_sigma = mean[row, k, :, 0, 0], log_sigma[row, k, :, 0, 0]
+            u = mean + temperature * log_sigma.exp() * at(eps)
+            u = u.unflatten(0, (b, -1)).transpose(1, 2)
+            canvas[:, :c, net.rows + i, net.columns + j] = u
         u = canvas[:, :c, net.rows :, net.columns : net.columns + W]
         return self.base.mu + (0.5 * self.base.logvar).exp() * u

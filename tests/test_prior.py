@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hvae.distributions import DiagonalGaussian
 from hvae.prior import WindowNetwork, WindowPrior
@@ -68,6 +70,15 @@ def test_samples_have_the_density():
     error = ratio.std() / math.sqrt(len(z))
     assert error < 0.1
     assert abs(ratio.mean() - 1) < 5 * error
+
+
+@torch.no_grad()
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(0, 9))
+def test_slanted_order_draws_the_map_of_raster_order(h, w, seed):
+    prior = random_prior(2, (h, w), batch=3)
+    draw = lambda raster: prior.sample(1.0, torch.Generator().manual_seed(seed), raster)
+    torch.testing.assert_close(draw(True), draw(False))
 
 
 @torch.no_grad()
