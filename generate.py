@@ -4,7 +4,7 @@
     python generate.py --text 7KQ2 --n 8                the same text eight times
     python generate.py --individual out/ --n 100        one file per image, named by its text
 
-The sampling itself is HVAE.sample in model.py, and hvae/context.py for pixels one by one. The plot
+The sampling itself is HVAE.sample in model.py; hvae/context.py draws the pixels. The plot
 functions return matplotlib figures, for notebooks; `path` also writes them to a file.
 """
 
@@ -35,7 +35,7 @@ CHECKPOINTS = {"captcha": FOLDER / "hvae.pt", "mnist": FOLDER / "mnist.pt"}
 BATCH = 64  # images drawn at once: bounds the memory
 CAPTION = 12  # pixels of the text below a sample
 SHEET = 1024  # images on a sheet, which is in memory all at once
-TEMPERATURE = 0.8  # of sheets: nearly as legible as renders; 1 draws from p(x)
+TEMPERATURE = 0.8  # nearly as legible as renders; 1 draws from p(x), and teaches a reader more
 
 
 # ---------------------------------------------------------------------------- samples

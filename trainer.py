@@ -4,7 +4,7 @@ The loss of a batch, in nats per image (`objective`; of a flow also `flow_loss`)
 
     reconstruction + beta * sum_l max(KL_l, free_nats_l)  [ - log p(z_L) of the z_L drawn ]
 
-Each of these things was needed for samples that follow their text and look like the data:
+Captchas need each of these for samples that follow their text; short runs and digits, fewer:
 
     beta starts above 1. While information is expensive, the model looks for the cheapest
         description of an image, and the text costs nothing.
@@ -16,7 +16,7 @@ Each of these things was needed for samples that follow their text and look like
         must serve them forget the glyphs. So z also guesses the image, without the context. The
         reconstruction is a weighted mean: the guess's, which teaches the latents, and a twentieth
         of -log p(x|z), which is enough for the context to learn it. Of binary images the weight
-        of -log p(x|z) rises from 0 to 1: at first a context would explain what latents should.
+        of -log p(x|z) rises from 0 to 1: early on, a context would explain what latents should.
     a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
         fitted to q(z_L).
 """

@@ -2,7 +2,7 @@
 
 Most weights fit as they are. These are fitted, so that each layer says about what it said before:
 
-    first convolution     of grey images from colours by a sum, of colours from grey by shares
+    first convolution     colours to grey: summed; grey to colours: shared evenly
     dense and its mirror  are stretched to the new map, and so are a first map h and places of texts
     embeddings            symbol by symbol
     texts                 the places that both lengths have

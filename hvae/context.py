@@ -8,8 +8,8 @@ mixtures of discretised logistics (PixelCNN++, Salimans et al. 2017), each given
 before it; binary pixels are Bernoulli.
 
 An image has few colours, and a window inside a stroke may miss some. So windows of 8-bit images
-have two more values: the image's first pixel, which is often the paper, and the contrast: of all
-values above (and no further right than the window) the one farthest from the first. The first
+have two more values: the image's first pixel, which is often the paper, and the contrast: the
+value farthest from it among all those above, no further right than the window. The first
 pixel has no window: each of its 256 levels has a probability of its own.
 
 The pixels of a window are gathered into one row for each pixel, and linear layers do the rest:

@@ -1,4 +1,4 @@
-"""The distributions of an HVAE: of its latents, of its top latent by a flow, of its images.
+"""The distributions of an HVAE: latents, the top latent by a flow, and images.
 
     latents    DiagonalGaussian and kl_divergence; FlowPrior for a vector z_L
     images     Bernoulli, Gaussian, Logistic: p(x|z) from the decoder's output map

@@ -1,4 +1,4 @@
-"""Texts as indices into a charset, and back. The index behind the last symbol is a blank."""
+"""Texts as indices into a charset, and back. The index after the last symbol is a blank."""
 
 from collections.abc import Sequence
 
