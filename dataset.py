@@ -47,7 +47,6 @@ from hvae.validate import (
 )
 
 SPLITS = ("train", "val", "test")
-SPLITS_BY_HASH = ("val", "test", "train")  # of a folder, in the order of its files' hashes
 MIN_SIDE = 8  # pixels of a rendered image; below, symbols cannot be told apart
 MAX_SHEET_PIXELS = 10**8  # a sheet is held in memory
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs a program
@@ -369,9 +368,9 @@ class CaptchaFolder(Dataset):
         places = [int(digest, 16) / 2**64 for digest in self.hashes]
         split_of = ["val" if at < 0.1 else "test" if at < 0.2 else "train" for at in places]
         by_place = sorted(range(len(places)), key=places.__getitem__)
-        for i, name in zip(by_place, SPLITS_BY_HASH, strict=False):
-            if len(places) >= len(SPLITS_BY_HASH) and name not in split_of:
-                split_of[i] = name
+        for rank, name in ((2, "train"), (0, "val"), (1, "test")):
+            if len(places) >= 3 and name not in split_of:
+                split_of[by_place[rank]] = name
         chosen = [i for i, name in enumerate(split_of) if name == split]
         if not chosen:
             raise InputError(f"{self.root}: {len(places)} images are too few for a split {split!r}")

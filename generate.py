@@ -9,6 +9,7 @@ functions return matplotlib figures, for notebooks; `path` also writes them to a
 """
 
 import argparse
+import csv
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,7 +91,7 @@ def sample_sheet(
         raise InputError(f"n: a sheet holds at most {SHEET} images, got {n}; see --individual")
     batches = sample_batches(model, n, text, temperature, seed)
     images = [captioned(*batch) if captions else batch[0] for batch in batches]
-    return grid(torch.cat(images), columns or columns_for(model))
+    return make_grid(torch.cat(images), columns or columns_for(model), pad_value=1)
 
 
 def captioned(images: Tensor, texts: Sequence[str]) -> Tensor:
@@ -150,14 +151,10 @@ def save_individual(
 
 def add_labels(path: Path, names: Sequence[str], texts: Sequence[str], is_first: bool) -> None:
     """Rows of labels.csv, which begins anew with the first of them."""
-    with path.open("w" if is_first else "a", encoding="utf-8") as file:
-        file.write("name,text\n" * is_first)
-        file.writelines(f"{name},{text}\n" for name, text in zip(names, texts, strict=True))
-
-
-def grid(images: Tensor, columns: int) -> Tensor:
-    """Images (n, C, H, W) in rows with white between them, (3, H', W')."""
-    return make_grid(images, nrow=columns, padding=2, pad_value=1)
+    with path.open("w" if is_first else "a", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerows([("name", "text")] * is_first)
+        rows.writerows(zip(names, texts, strict=True))
 
 
 def columns_for(model: HVAE) -> int:
@@ -438,9 +435,8 @@ def test_images(
     if data is None and "renderer" not in origin:
         raise InputError("the model was trained on data of your own; name a --folder or --data")
     size, length = 512 if limit is None else limit, model.text_length or 4
-    look = dict(fonts=fonts)
-    if data is None:
-        look = dict(fonts=fonts or origin.get("fonts"), font_sizes=origin.get("font_sizes"))
+    known = origin if data is None else {}
+    look = dict(fonts=fonts or known.get("fonts"), font_sizes=known.get("font_sizes"))
     shortest = model.possible_lengths[0] if model.lengths else None
     texts = dict(text_length=length, shortest=shortest, charset=model.charset)
     return CaptchaDataset(size, "test", model.input_shape[1:], **texts, **look)
@@ -476,7 +472,7 @@ def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_image(sample_sheet(model, 32), folder / "samples.png")
     originals, _, _ = first_images(model, test_set, 32)
-    write_image(grid(originals, columns_for(model)), folder / "originals.png")
+    write_image(make_grid(originals, columns_for(model), pad_value=1), folder / "originals.png")
     plot_samples(model, path=folder / "temperatures.png")
     plot_reconstructions(model, test_set, path=folder / "reconstructions.png")
     plot_levels(model, test_set, path=folder / "levels.png")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from hvae.arguments import channels_per_level, flow_couplings, plain, validate_arguments
 from hvae.blocks import Block, Layer, Size, build, group_norm, mirror, pixels, plan, project
-from hvae.checkpoint import load_checkpoint, save_checkpoint
+from hvae.checkpoint import load_checkpoint, write_tensors
 from hvae.context import ContextNetwork, Pixels
 from hvae.distributions import (
     LIKELIHOODS,
@@ -403,22 +403,18 @@ class HVAE(nn.Module):
         the mean of their prior's base Gaussian.
         """
         self.check_images(x)
-        n = len(x) * draws
         y = None if y is None else repeat(y, draws)
-        if self.top_down:
-            d = self.features(x, draws)
-        else:
-            qs, zs = self.chain(x, draws, generator)
+        up = self.features(x, draws) if self.top_down else self.chain(x, draws, generator)
         terms: list[LevelTerms] = []
-        h = self.start(n, y)
+        h = self.start(len(x) * draws, y)
         for l in reversed(range(len(self.levels))):
             level = self.levels[l]
             p = level.prior(h)
             if self.top_down:
-                q = level.posterior(d[l], h, p)
+                q = level.posterior(up[l], h, p)
                 z = q.sample(generator=generator)
             else:
-                q, z = qs[l], zs[l]
+                q, z = up[l]
             if closed is not None:
                 q, z = use_prior_mean(q, p.base, z, closed > l)
             log_p = p.log_prob(z)
@@ -436,16 +432,16 @@ class HVAE(nn.Module):
 
     def chain(
         self, x: Tensor, draws: int, generator: torch.Generator | None
-    ) -> tuple[list[DiagonalGaussian], list[Tensor]]:
+    ) -> list[tuple[DiagonalGaussian, Tensor]]:
         """The Markov chain's way up: z_1 ~ q(z_1|x), then z_{l+1} ~ q(z_{l+1}|z_l)."""
-        qs, zs = [], []
-        h = repeat(self.inference[0](logits(x)), draws)
+        up, h = [], repeat(self.inference[0](logits(x)), draws)
         for l, level in enumerate(self.levels):
-            qs.append(level.q(h))
-            zs.append(qs[l].sample(generator=generator))
-            if l + 1 < len(self.levels):
-                h = self.inference[l + 1](self.stems[l](zs[l]))
-        return qs, zs
+            if up:
+                h = self.inference[l](self.stems[l - 1](up[-1][1]))
+            q = level.q(h)
+            z = q.sample(generator=generator)
+            up.append((q, z))
+        return up
 
     def kl(self, l: int, q: DiagonalGaussian, p: Prior, log_p: Tensor) -> Tensor:
         """The KL term of a level, (B,) nats: in closed form, or as -H(q) - log p(z_l).
@@ -600,9 +596,7 @@ class HVAE(nn.Module):
                 wanted = f"{span(self.possible_lengths)} symbols of {self.charset}"
                 raise InputError(f"text {t!r}: expected {wanted}")
         rows = [encode_text(t, self.charset, self.text_length) for t in texts]
-        return (
-            torch.stack(rows).to(self.device) if rows else torch.empty(0, self.text_length).long()
-        )
+        return torch.cat([torch.empty(0).long(), *rows]).view(n, self.text_length).to(self.device)
 
     # ------------------------------------------------------------------------ checks, files
 
@@ -664,7 +658,7 @@ class HVAE(nn.Module):
         if half:
             is_matrix = lambda w: w.is_floating_point() and w.ndim > 1
             weights = {k: w.half() if is_matrix(w) else w for k, w in weights.items()}
-        save_checkpoint(path, self.config, weights, self.provenance)
+        write_tensors(path, weights, {"config": self.config, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> "HVAE":

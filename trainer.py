@@ -50,7 +50,7 @@ from hvae.evaluation import evaluate
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import write_figure, write_image
 from hvae.run import Run, copy_buffers
-from hvae.text import possible_lengths, span
+from hvae.text import DIGITS, UPPERCASE, possible_lengths, span
 from hvae.validate import InputError, per_level, validate_int, validate_number
 from model import CONFIGS, HVAE, ELBOTerms, Level
 
@@ -237,7 +237,6 @@ def train(
     resume: bool = False,
     keep: bool = False,
     device: str | None = None,
-    bf16: bool | None = None,
     workers: int = 1,
     **hyperparameters,
 ) -> tuple[HVAE, list[dict]]:
@@ -253,7 +252,7 @@ def train(
         dataset: of (image (C, H, W) in [0, 1], label (T,)); None renders captchas without end.
         val_dataset: held-out images; None renders the split 'val', or takes a tenth of the data.
         keep: keep the averaged model of every evaluation, as hvae-STEP.pt.
-        device, bf16: None is CUDA, and bfloat16 autocast, if there are any.
+        device: None is CUDA if there is one.
         workers: processes that load or render.
         hyperparameters: see `Hyperparameters`, such as steps=2000, lr=1e-3.
 
@@ -281,8 +280,7 @@ def train(
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) if parallel.rank() == 0 else nullcontext():
-        bf16 = has_bf16(device) if bf16 is None else bf16
-        run = Run(model, hp, device, bf16, description, images=len(train_set))
+        run = Run(model, hp, device, has_bf16(device), description, images=len(train_set))
         begin_or_resume(run, train_set, out)
         take_steps(run, train_set, val_set, out, workers, keep)
     with parallel.rank_0_first():  # which has written it
@@ -296,7 +294,10 @@ def begin_or_resume(run: Run, train_set: Dataset, out: Path) -> None:
     else:
         first = [train_set[i][0] for i in range(min(64, len(train_set)))]
         run.model.set_output_level(torch.stack(first).to(run.device))
-    validate_step(run, out)
+    if run.step > run.hp.steps:
+        raise InputError(f"{out} holds {run.step} steps, more than steps={run.hp.steps}")
+    if not parallel.all_equal(run.step, run.device):
+        raise InputError(f"{out}: the processes found different states; do they share its disk?")
 
 
 def take_steps(
@@ -406,17 +407,18 @@ def flow_loss(top: Level, z: Tensor) -> Tensor:
 def batch_means(terms: ELBOTerms, closed: Tensor) -> dict[str, float]:
     """Means: reconstruction where no level is closed, each KL where its level is open."""
     is_open = is_open_level(terms, closed)
-    of_open, of_all = terms.reconstruction[closed == 0].sum(), terms.reconstruction.sum()
-    counts = torch.cat([is_open.sum(0), torch.tensor([len(closed)], device=closed.device)])
-    sums = torch.cat([(terms.kl * is_open).sum(0), of_open[None], of_all[None]])
-    *n_open, n = parallel.all_reduce_sum(counts).tolist()
-    *kl, of_open, of_all = parallel.all_reduce_sum(sums).tolist()
-    kl = [total / count for total, count in zip(kl, n_open, strict=True)]
-    reconstruction = of_open / n_open[0]
-    means = {"neg_elbo": reconstruction + sum(kl), "reconstruction": reconstruction}
-    if n_open[0] < n:
-        means["reconstruction_closed"] = (of_all - of_open) / (n - n_open[0])
-    return {**means, **{f"kl_{l + 1}": value for l, value in enumerate(kl)}}
+    sees_x = is_open[:, :1]  # at every level
+    nats = terms.reconstruction[:, None]
+    counted = torch.cat([sees_x, ~sees_x, is_open], 1)
+    values = torch.cat([nats, nats, terms.kl], 1)
+    counts = parallel.all_reduce_sum(counted.sum(0)).tolist()
+    sums = parallel.all_reduce_sum(torch.where(counted, values, 0).sum(0)).tolist()
+    means = [total / max(1, n) for total, n in zip(sums, counts, strict=True)]
+    reconstruction, of_closed, *kl = means
+    row = {"neg_elbo": reconstruction + sum(kl), "reconstruction": reconstruction}
+    if counts[1]:
+        row["reconstruction_closed"] = of_closed
+    return {**row, **{f"kl_{l + 1}": value for l, value in enumerate(kl)}}
 
 
 def shifted(x: Tensor, most: int) -> Tensor:
@@ -603,11 +605,20 @@ def source_of(dataset: Dataset) -> Dataset:
 
 def validate_sets(model: HVAE, hp: Hyperparameters, train_set: Dataset, val_set: Dataset) -> None:
     """Raises InputError if a model cannot be trained on one of the sets and measured on both."""
-    validate_batch_size(hp.batch_size, len(train_set))
+    n, processes = hp.batch_size, parallel.world_size()
+    if n % processes:
+        raise InputError(f"batch_size: {n} images cannot be shared evenly by {processes} processes")
+    if len(train_set) < n:
+        raise InputError(f"the training set has {len(train_set)} images, fewer than batch_size={n}")
     for data in (train_set, val_set):
         validate_data(model, data)
     if model.context is not None and model.context.binary and not hp.binarise:
-        validate_binary(train_set[0][0])
+        image = train_set[0][0]
+        if not ((image == 0) | (image == 1)).all():
+            raise InputError(
+                "a 'bernoulli' with a context is for pixels that are 0 or 1; pass binarise=True "
+                "(--binarise), or context=None"
+            )
 
 
 def validate_data(model: HVAE, dataset: Dataset) -> None:
@@ -639,26 +650,6 @@ def validate_data(model: HVAE, dataset: Dataset) -> None:
         )
 
 
-def validate_binary(image: Tensor) -> None:
-    if not ((image == 0) | (image == 1)).all():
-        raise InputError(
-            "a 'bernoulli' with a context is for pixels that are 0 or 1; pass binarise=True "
-            "(--binarise), or context=None"
-        )
-
-
-def validate_batch_size(batch_size: int, images: int) -> None:
-    if batch_size % parallel.world_size():
-        processes = parallel.world_size()
-        raise InputError(
-            f"batch_size: {batch_size} images cannot be shared evenly by {processes} processes"
-        )
-    if images < batch_size:
-        raise InputError(
-            f"the training set has {images} images, fewer than batch_size={batch_size}"
-        )
-
-
 def validate_folder(out: Path, resume: bool) -> None:
     """Raises InputError if training into a folder would lose a run or a model."""
     if out.exists() and not out.is_dir():
@@ -672,13 +663,6 @@ def validate_folder(out: Path, resume: bool) -> None:
     begun = (out / "metrics.csv").exists()
     if resume and has_model and not has_state(out) and not begun:
         raise InputError(f"{out} holds a model, but no run that could be resumed; choose another")
-
-
-def validate_step(run: Run, out: Path) -> None:
-    if run.step > run.hp.steps:
-        raise InputError(f"{out} holds {run.step} steps, more than steps={run.hp.steps}")
-    if not parallel.all_equal(run.step, run.device):
-        raise InputError(f"{out}: the processes found different states; do they share its disk?")
 
 
 def description_of(dataset: Dataset):
@@ -710,13 +694,7 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--length", type=int, help="symbols in the longest text; default: 4 for renders, else none")
     add("--shortest", type=int, help="symbols in the shortest text; default: --length for renders")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
-    add(
-        "--fonts",
-        nargs="+",
-        type=path_argument,
-        metavar="FILE",
-        help="TrueType files to render with",
-    )
+    add("--fonts", nargs="+", type=path_argument, metavar="FILE", help="TrueType files to render")
     add("--images", type=int, help="how many to render, a million, or to evaluate")
     add("--workers", type=int, default=1, help="processes that load or render")
     add = parser.add_argument_group("model").add_argument
@@ -726,12 +704,9 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z)")
     add("--sigma", type=float, help="of the gaussian, for images in [-1, 1]")
     add("--mixtures", type=int, help="components of the logistic")
-    windows = {
-        "--context": "earlier pixels that p(x|z) sees, too; 0 0 for none",
-        "--prior-context": "earlier positions that p(z_l|.) sees, too; 0 0 for none",
-    }
-    for name, help in windows.items():
-        add(name, type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help=help)
+    window = dict(type=int, nargs=2, metavar=("ROWS", "COLUMNS"))
+    add("--context", **window, help="earlier pixels that p(x|z) sees, too; 0 0 for none")
+    add("--prior-context", **window, help="earlier positions that p(z_l|.) sees, too; 0 0 for none")
     add("--flow", type=int, help="couplings of p(z_L)'s flow, 0 for N(0, I)")
     add("--unconditional", action="store_true", help="leave the texts unused")
     group = parser.add_argument_group("training")
@@ -766,38 +741,30 @@ def parse(
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace, set[str]]:
     """The arguments, with the defaults of the config that they name, and which were given."""
     parser = training_parser("captcha")
-    first = parser.parse_args(arguments)
-    if first.data == "mnist" and first.config == "captcha":
-        parser = training_parser("mnist-hvae")
-    elif first.config != "captcha":
-        parser = training_parser(first.config)
-    return parser, parser.parse_args(arguments), given_options(parser, arguments)
+    first, given = parser.parse_args(arguments), given_options(parser, arguments)
+    by_data = first.data == "mnist" and "config" not in given
+    parser = training_parser("mnist-hvae" if by_data else first.config)
+    return parser, parser.parse_args(arguments), given
 
 
 def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     """The options that have no effect, by the reason."""
-    rendering = {"fonts"}
     architecture = {"config", "inference", "likelihood", "sigma", "mixtures", "context"}
     architecture |= {"prior_context", "flow", "unconditional"}
     training = {f.name for f in fields(Hyperparameters)} | {"keep", "resume", "init"}
+    images = set() if args.evaluate else {"images"}
     unused = {}
     if args.folder:
-        unused["with --folder"] = (
-            rendering | {"root", "data"} | ({"images"} if not args.evaluate else set())
-        )
-        if args.length is None:
-            unused["without --length"] = {"shortest"}
+        unused["with --folder"] = {"fonts", "root", "data"} | images
+        if args.length is None and not args.evaluate:
+            unused["without --length"] = {"shortest", "charset"}
     elif args.data == "mnist":
-        images = {"images"} if not args.evaluate else set()
-        unused["with --data mnist"] = (
-            rendering | images | {"size", "charset", "shortest", "skip_bad"}
-        )
+        unused["with --data mnist"] = {"fonts", "size", "charset", "shortest", "skip_bad"} | images
     elif args.data == "captcha" or not args.evaluate:
         unused["with --data captcha"] = {"skip_bad", "root"}
     if args.evaluate:
         files = {"size", "length", "shortest", "charset", "workers", "out"}
-        unused["with --evaluate"] = training | architecture | files
-        return unused
+        return {**unused, "with --evaluate": training | architecture | files}
     unused["without --evaluate"] = {"importance_samples"}
     if args.init:
         adds_context = args.context and any(args.context)
@@ -844,30 +811,24 @@ def train_and_draw(args: argparse.Namespace) -> None:
 
 def make_dataset(args: argparse.Namespace) -> Dataset:
     """The training images that the command line asks for."""
-    size = tuple(args.size) if args.size else None
-    charset = {} if args.charset is None else {"charset": args.charset}
     if args.folder:
-        texts = dict(
-            text_length=args.length,
-            shortest=1 if args.shortest is None else args.shortest,
-            **charset,
-        )
-        return CaptchaFolder(args.folder, size, **texts, skip_bad=args.skip_bad)
+        shortest = 1 if args.shortest is None else args.shortest
+        texts = dict(text_length=args.length, shortest=shortest, charset=args.charset)
+        return CaptchaFolder(args.folder, args.size, **texts, skip_bad=args.skip_bad)
     if args.data == "mnist":
         return MNIST("train", args.root, args.length)
     return CaptchaDataset(
-        1_000_000 if args.images is None else args.images,
-        image_size=size or (60, 160),
+        args.images or 1_000_000,
+        image_size=args.size or (60, 160),
         text_length=4 if args.length is None else args.length,
+        charset=DIGITS + UPPERCASE if args.charset is None else args.charset,
         fonts=args.fonts,
         shortest=args.shortest,
-        **charset,
     )
 
 
 def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """The checkpoint to begin with, or a config with its changes, for the data's images."""
-    config = CONFIGS[args.config]
     if args.init:
         return begin_with(dataset, args)
     if args.frozen_latents:
@@ -879,7 +840,7 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     if args.unconditional:
         changes["text_length"] = None
     of_the_data = ("input_size", "input_channels", "text_length")
-    config = {k: v for k, v in config.items() if k not in of_the_data}
+    config = {k: v for k, v in CONFIGS[args.config].items() if k not in of_the_data}
     model = model_for(dataset, **{**config, **changes})
     likelihood = model.config["likelihood"]
     for name, of in (("mixtures", "logistic"), ("sigma", "gaussian")):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvae.blocks import Layer, Size, pixels
+from hvae.blocks import Block, Layer, Size, pixels
 from hvae.text import encode_text
 
 
@@ -57,13 +57,13 @@ def fitted_weights(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
 def fitted_blocks(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
     """Of the first convolution, and of layers between maps and vectors."""
     weights = {}
-    for part in ("inference", "generation"):
-        for l, (a, b) in enumerate(zip(getattr(old, part), getattr(new, part), strict=True)):
-            for k, (x, y) in enumerate(zip(a.plan, b.plan, strict=True)):
-                if x.kind in ("dense", "undense"):
-                    fit = fitted_dense if x.kind == "dense" else fitted_undense
-                    named = fit(a.layers[k].state_dict(), x, y)
-                    weights.update({f"{part}.{l}.layers.{k}.{n}": w for n, w in named.items()})
+    blocks = {name: block for name, block in old.named_modules() if isinstance(block, Block)}
+    for name, block in blocks.items():
+        for k, (x, y) in enumerate(zip(block.plan, new.get_submodule(name).plan, strict=True)):
+            if x.kind in ("dense", "undense"):
+                fit = fitted_dense if x.kind == "dense" else fitted_undense
+                named = fit(block.layers[k].state_dict(), x, y)
+                weights.update({f"{name}.layers.{k}.{n}": w for n, w in named.items()})
     name = "inference.0.layers.0.0.weight"
     colours, new_colours = old.input_shape[0], new.input_shape[0]
     if old.inference[0].plan[0].kind == "conv" and colours != new_colours:
@@ -114,7 +114,7 @@ def fitted_places(name: str, before: Tensor, after: Tensor) -> Tensor:
 
 def stretched(maps: Tensor, size: Size) -> Tensor:
     """Maps (..., H, W) of another size, by interpolation."""
-    if tuple(maps.shape[-2:]) == tuple(size):
+    if not size or tuple(maps.shape[-2:]) == tuple(size):
         return maps
     flat = maps.reshape(1, -1, *maps.shape[-2:])
     return F.interpolate(flat, size, mode="bilinear").view(*maps.shape[:-2], *size)

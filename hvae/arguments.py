@@ -1,5 +1,6 @@
 """The arguments of HVAE: their checks, and the defaults that depend on the blocks."""
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -8,7 +9,6 @@ from hvae.distributions import LIKELIHOODS
 from hvae.validate import (
     InputError,
     is_int,
-    per_level,
     validate_charset,
     validate_choice,
     validate_image_size,
@@ -96,5 +96,6 @@ def validate_arguments(**arguments) -> None:
         lengths, length = arguments["lengths"], arguments["text_length"]
         if lengths is not None:
             is_list = isinstance(lengths, (list, tuple)) and len(lengths) == length
-            if not (is_list and sum(per_level("lengths", lengths, length)) > 0):
+            is_list = is_list and all(isinstance(n, Real) and 0 <= n < math.inf for n in lengths)
+            if not (is_list and sum(lengths) > 0):
                 raise InputError(f"lengths: expected {length} numbers >= 0, one > 0: {lengths!r}")

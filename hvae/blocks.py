@@ -49,13 +49,6 @@ class Layer(NamedTuple):
     bn: bool = False
     c_skip: int = 0  # skip-down: channels of the map it receives
 
-    def __str__(self) -> str:
-        has_arg = self.kind not in ("res", "dense", "undense") and self.arg != 1
-        before = "x".join(map(str, (self.c_in, *self.size_in)))
-        after = "x".join(map(str, (self.c_out, *self.size_out)))
-        name = self.kind + "-bn" * self.bn
-        return f"{name}{f', {self.arg}' * has_arg}: {before} -> {after}"
-
 
 # ---------------------------------------------------------------------------- config -> plan
 

@@ -111,15 +111,8 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(
-    path: str | Path, config: Mapping, weights: Mapping[str, Tensor], provenance: Mapping
-) -> None:
-    """Writes a model: the arguments that build it, its weights, and where they come from."""
-    write_tensors(path, weights, {"config": dict(config), "provenance": dict(provenance)})
-
-
 def load_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
-    """Config, weights and provenance as save_checkpoint() wrote them.
+    """Config, weights and provenance as HVAE.save() wrote them.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -326,12 +326,8 @@ class Pixels:
         return torch.cat([torch.stack([first, contrast], 1), window], 1)
 
     @torch.no_grad()
-    def sample(self, generator: torch.Generator | None = None, raster: bool = False) -> Tensor:
-        """An exact draw of p(x|z), (B, C, H, W) in [0, 1].
-
-        The pixels of a front are drawn at once. `raster` draws one pixel after the other, with
-        the same result.
-        """
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """An exact draw of p(x|z), (B, C, H, W) in [0, 1]; the pixels of a front at once."""
         (h, w), c, device = self.size, self.network.channels, self.f.device
         batch = len(self.parameters)
         dtype = self.network.from_z.weight.dtype
@@ -344,10 +340,10 @@ class Pixels:
         noise = torch.rand(shape, generator=generator, dtype=canvas.dtype, device=source)
         noise = noise.to(device).clamp(1e-6, 1 - 1e-6)
         first = h * w * torch.arange(batch, device=device)[:, None]
-        for pixels in fronts(h, w, self.network.columns, device, raster):
+        for k, pixels in enumerate(fronts(h, w, self.network.columns, device)):
             i = (first + pixels).flatten()
             places, f = self.places(i), self.f.index_select(0, i).to(canvas)
-            if pixels[0] == 0 and not self.network.binary:
+            if k == 0 and not self.network.binary:
                 cumulative = self.network.first_pixel(f).exp().cumsum(2)
                 x = (cumulative < noise[i, :, :1]).sum(2).clamp(max=255).to(canvas)
             else:
@@ -363,16 +359,14 @@ class Pixels:
         return drawn.view(batch, h, w, c).permute(0, 3, 1, 2)
 
 
-def fronts(
-    h: int, w: int, columns: int, device: torch.device, raster: bool = False
-) -> Sequence[Tensor]:
+def fronts(h: int, w: int, columns: int, device: torch.device) -> Sequence[Tensor]:
     """Positions of a map (h, w), counted row by row, in the order in which they are drawn.
 
     A position sees no further right than `columns` in the rows above. So all (i, j) with the same
-    j + (columns + 1) i make a front, w + (columns + 1)(h - 1) in all. `raster`: one position each.
+    j + (columns + 1) i make a front, at most w + (columns + 1)(h - 1) in all.
     """
     place = torch.arange(h * w, device=device)
-    front = place if raster else place % w + (columns + 1) * (place // w)
+    front = place % w + (columns + 1) * (place // w)
     return front.argsort(stable=True).split(front.unique(return_counts=True)[1].tolist())
 
 

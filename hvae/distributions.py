@@ -171,11 +171,6 @@ class Bernoulli:
         self.parameters = parameters
 
     @staticmethod
-    def channels(c: int) -> int:
-        """Of the parameter map, for images of c channels."""
-        return c
-
-    @staticmethod
     def start_at(bias: Tensor, x: Tensor) -> None:
         """Sets the output map's bias so that the distribution starts at the data's level."""
         bias.copy_(channel_means(x).logit())
@@ -197,10 +192,6 @@ class Gaussian:
 
     def __init__(self, parameters: Tensor, log_sigma: Tensor):
         self.parameters, self.log_sigma = parameters, log_sigma
-
-    @staticmethod
-    def channels(c: int) -> int:
-        return c
 
     @staticmethod
     def start_at(bias: Tensor, x: Tensor) -> None:
@@ -237,6 +228,7 @@ class Logistic:
 
     @staticmethod
     def channels(c: int, mixtures: int = 1) -> int:
+        """Of the parameter map, for images of c channels."""
         return mixtures * (1 + 2 * c + c * (c - 1) // 2)
 
     @staticmethod

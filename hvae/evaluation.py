@@ -50,16 +50,15 @@ def evaluate(
                     model(x, y, draws=min(draws, importance_samples - first))
                     for first in range(0, importance_samples, draws)
                 ]
-            log_weights = torch.cat([t.log_weight.view(len(x), -1) for t in terms], 1)
-            rows.append(
-                torch.cat([terms_per_image(t, len(x)) for t in terms], 1).cpu().double().mean(1)
-            )
-            bounds.append(importance_bounds(log_weights.cpu().double()))
+            table = torch.cat([terms_per_image(t, len(x)) for t in terms], 1).cpu().double()
+            bounds.append(importance_bounds(table[:, :, 0]))
+            rows.append(table[:, :, 1:].mean(1))
     model.train(was_training)
     elbo, reconstruction, *kl = torch.cat(rows).mean(0).tolist()
     bounds = {k: torch.cat([b[k] for b in bounds]).mean().item() for k in bounds[0]}
     log_likelihood = bounds[importance_samples]
     bound = elbo if importance_samples == 1 else log_likelihood  # the same, with less noise
+    bits = -bound / (math.prod(model.input_shape) * math.log(2))
     return {
         "elbo": elbo,
         "reconstruction": reconstruction,
@@ -68,21 +67,14 @@ def evaluate(
         "bounds": bounds,
         "importance_samples": importance_samples,
         "images": len(dataset),
-        "bits_per_dim": bits_per_dim(model, bound),
+        "bits_per_dim": bits if model.config["likelihood"] == "logistic" else None,
     }
 
 
-def bits_per_dim(model: nn.Module, bound: float) -> float | None:
-    """Of a bound on log p(x) in nats; None unless the model's is a probability of 8-bit images."""
-    if model.config["likelihood"] != "logistic":
-        return None
-    return -bound / (math.prod(model.input_shape) * math.log(2))
-
-
 def terms_per_image(terms, images: int) -> Tensor:
-    """ELBOTerms as (images, draws, 2 + L): the ELBO, the reconstruction and the KL terms."""
-    rows = torch.cat([terms.elbo[:, None], terms.reconstruction[:, None], terms.kl], 1)
-    return rows.unflatten(0, (images, -1))
+    """ELBOTerms as (images, draws, 3 + L): log weight, ELBO, reconstruction, and KL terms."""
+    columns = torch.stack([terms.log_weight, terms.elbo, terms.reconstruction], 1)
+    return torch.cat([columns, terms.kl], 1).unflatten(0, (images, -1))
 
 
 def importance_bounds(log_weights: Tensor) -> dict[int, Tensor]:

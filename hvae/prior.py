@@ -84,12 +84,7 @@ class WindowPrior:
         log_p = -0.5 * (squares + 2 * log_sigma + math.log(2 * math.pi)).sum(2)
         return torch.logsumexp(log_pi + log_p, 1).flatten(1).sum(1) - log_scale.flatten(1).sum(1)
 
-    def sample(
-        self,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        raster: bool = False,
-    ) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """A draw, front after front; the temperature multiplies the Gaussians' noise."""
         b, c, H, W = self.base.mu.shape
         net, device = self.network, self.base.mu.device
@@ -99,7 +94,7 @@ class WindowPrior:
         canvas = net.canvas(torch.zeros_like(eps))
         # a view: the window of each position, (B, c + 1, H, W, rows + 1, 2 columns + 1)
         windows = canvas.unfold(2, net.rows + 1, 1).unfold(3, 2 * net.columns + 1, 1)
-        for front in fronts(H, W, net.columns, device, raster):
+        for front in fronts(H, W, net.columns, device):
             i, j = front // W, front % W
             at = lambda maps, i=i, j=j: maps[:, :, i, j].transpose(1, 2).flatten(0, 1)
             log_pi, mean, log_sigma = net(at(windows), at(self.from_h)[..., None, None])
@@ -108,7 +103,7 @@ class WindowPrior:
             row = torch.arange(len(k), device=device)
             mean, log_sigma = mean[row, k, :, 0, 0], log_sigma[row, k, :, 0, 0]
             u = mean + temperature * log_sigma.exp() * at(eps)
-            u = u.unflatten(0, (b, -1)).transpose(1, 2)
+            u = u.unflatten(0, (b, len(front))).transpose(1, 2)
             canvas[:, :c, net.rows + i, net.columns + j] = u
         u = canvas[:, :c, net.rows :, net.columns : net.columns + W]
         return self.base.mu + (0.5 * self.base.logvar).exp() * u

@@ -69,10 +69,9 @@ class Run:
 
     def add_row(self) -> dict:
         """Adds a row to the history: means over the steps since the last one."""
-        names = self.recent[0] if self.recent else {}
-        means = {
-            name: sum(terms[name] for terms in self.recent) / len(self.recent) for name in names
-        }
+        names = dict.fromkeys(name for terms in self.recent for name in terms)
+        having = {name: [terms[name] for terms in self.recent if name in terms] for name in names}
+        means = {name: sum(values) / len(values) for name, values in having.items()}
         row = {
             "step": self.step,
             "images": self.step * self.hp.batch_size,

@@ -60,6 +60,12 @@ def test_another_size_keeps_the_elbo_in_bounds(size):
     assert kl.isfinite().all() and kl.max() < 20 * model(torch.rand(4, 3, 8, 16), y).kl.max() + 50
 
 
+def test_a_vector_above_a_vector():
+    model = HVAE(OUTER, [[("dense", 6)], [("dense", 4)]], input_size=(8, 16), text_length=None)
+    other, _ = adapted(model, input_size=(12, 20))
+    assert other(torch.rand(2, 3, 12, 20)).elbo.isfinite().all()
+
+
 def test_symbols_and_places_that_both_have():
     model = tiny()
     other = tiny(charset="XCA", text_length=5)

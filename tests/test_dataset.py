@@ -525,6 +525,16 @@ def test_a_handful_of_images_still_has_all_splits(tmp_path, n):
     assert min(sizes) >= 1 and sum(sizes) == n
 
 
+@pytest.mark.parametrize("hashes", ["001", "0ff", "111", "fff", "01f"])
+def test_three_images_make_three_splits(hashes, tmp_path):
+    """A hash from 0 to f stands for val (0), test (1: 0.19) or train."""
+    for i in range(3):
+        save(tmp_path / f"{i}.png", "RGB", (i, 0, 0))
+    folder = CaptchaFolder(tmp_path)
+    folder.hashes = [{"1": "3"}.get(digit, digit) * 16 for digit in hashes]
+    assert [folder.other_split(split, 3).order for split in SPLITS].count([]) == 0
+
+
 def test_folder_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         CaptchaFolder(tmp_path / "nowhere")

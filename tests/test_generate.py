@@ -265,6 +265,15 @@ def test_individual_files_of_a_text(conditional):
     assert folder[0][0].shape == (3, H, W) and folder[0][1].tolist() == [2, 1]
 
 
+def test_individual_files_whose_texts_have_commas():
+    save_individual(tiny(charset="A,"), "out", 4)
+    folder = CaptchaFolder("out", text_length=2, charset="A,")
+    assert all(
+        path.name.startswith(f"{text}_")
+        for path, text in zip(folder.paths, folder.texts, strict=True)
+    )
+
+
 def test_individual_files_go_on_after_an_interruption(conditional, monkeypatch):
     """The batches that are there are kept, and the files end up as without an interruption."""
     arguments = ["--n", 150, "--seed", 4, "--individual"]

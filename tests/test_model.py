@@ -16,7 +16,7 @@ from test_blocks import configs
 from torch import nn
 
 from hvae.arguments import latent_width
-from hvae.blocks import plan
+from hvae.blocks import Layer, plan
 from hvae.checkpoint import read_tensors, write_tensors
 from hvae.distributions import DiagonalGaussian, kl_divergence, quantiles
 from hvae.validate import InputError
@@ -382,10 +382,10 @@ def test_features_pass_the_latents_in_top_down_only(inference):
 def test_the_vae_of_the_assignment():
     """A classic VAE on 28x28 digits: no inner level, one vector latent of two values."""
     model = HVAE(**CONFIGS["mnist-vae"])
-    assert [str(layer) for layer in model.generation[0].plan] == [
-        "undense: 128 -> 64x14x14",
-        "convt, 2: 64x14x14 -> 32x28x28",
-        "convt: 32x28x28 -> 32x28x28",
+    assert model.generation[0].plan == [
+        Layer("undense", 128, 64, (), (14, 14)),
+        Layer("convt", 64, 32, (14, 14), (28, 28), 2),
+        Layer("convt", 32, 32, (28, 28), (28, 28)),
     ]
     out = model.to_image
     assert isinstance(out, nn.ConvTranspose2d)

@@ -427,6 +427,16 @@ def test_resume_after_the_data_failed(tmp_path):
     assert_same_run(tmp_path / "unbroken", tmp_path / "cut")
 
 
+def test_resume_without_the_closed_levels_of_before(tmp_path):
+    """Steps since the last row of the history have other terms than those that follow."""
+    settings = dict(log_every=4, eval_every=8, steps=8)
+    with signal_in_step(2, signal.SIGTERM), pytest.raises(SystemExit):
+        fit(tmp_path, **settings, closed_share=0.5)
+    _, history = fit(tmp_path, **settings, closed_share=0.0, resume=True)
+    assert [row["step"] for row in history] == [4, 8]
+    assert "reconstruction_closed" in history[0] and "reconstruction_closed" not in history[1]
+
+
 def test_resume_remembers_the_checkpoint_it_began_with(tmp_path):
     """Also when the run is cut before its first evaluation."""
     began_with = {"steps": 7, "began_with": {"steps": 3}}
@@ -1372,6 +1382,8 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
         # an option without effect
         ("--fonts a.ttf", "--fonts has no effect with --folder"),
         ("--root data", "--root has no effect with --folder"),
+        ("--charset AB", "--charset has no effect without --length"),
+        ("--shortest 2", "--shortest has no effect without --length"),
         ("--images 3", "--images has no effect with --folder"),
         ("--importance-samples 3", "--importance-samples has no effect without --evaluate"),
         ("--init some.pt --sigma 1", "--sigma has no effect with --init"),
