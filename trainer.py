@@ -55,6 +55,7 @@ from hvae.validate import InputError, per_level, validate_int, validate_number
 from model import CONFIGS, HVAE, ELBOTerms, Level
 
 SHORT_RUN = 2_000  # steps
+CAPTCHA_VALUES = 3 * 60 * 160  # of the image for which the default of free_nats was found
 VERSION = "2.0"  # of this code, written into every checkpoint
 
 
@@ -89,7 +90,7 @@ class Hyperparameters:
     free_nats: Sequence[float] | float | None = option(
         None,
         "KL in nats that costs nothing (free bits): of every level, or one each, z_1 first; "
-        "default: 40, and 80 for the top; 0 in a short run",
+        "default: 40, and 80 for the top; fewer for small images; 0 in a short run",
     )
     closed_levels: int | None = option(
         None,
@@ -167,7 +168,8 @@ class Hyperparameters:
             ValueError: there are other numbers of free nats, or fewer levels to close.
         """
         levels = len(model.levels)
-        default = [0.0] * levels if self.is_short else [40.0] * (levels - 1) + [80.0]
+        share = 0 if self.is_short else min(1, math.prod(model.input_shape) / CAPTCHA_VALUES)
+        default = [40.0 * share] * (levels - 1) + [80.0 * share]
         free_nats = default if self.free_nats is None else self.free_nats
         self.free_nats = per_level("free_nats", free_nats, levels)
         below_top = levels - 1 if model.top_down else 0

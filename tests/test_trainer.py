@@ -668,7 +668,13 @@ def test_closed_levels_by_default(levels, closed):
     hp = Hyperparameters()
     hp.fit_to(tiny(inner_config=[[("res", 4)]] * (levels - 1)))
     assert hp.closed_levels == closed
-    assert hp.free_nats == [40.0] * (levels - 1) + [80.0]
+
+
+@pytest.mark.parametrize("c, h, w, share", [(3, 60, 160, 1), (3, 90, 200, 1), (1, 40, 120, 1 / 6)])
+def test_free_nats_by_default_are_fewer_for_small_images(c, h, w, share):
+    hp = Hyperparameters()
+    hp.fit_to(tiny(input_channels=c, input_size=(h, w), inner_config=[[("res", 4)]] * 2))
+    assert hp.free_nats == pytest.approx([40 * share, 40 * share, 80 * share])
 
 
 def test_closed_level_takes_the_priors_mean():
@@ -749,7 +755,7 @@ def test_closed_levels_of_a_batch(levels, share, top_share, at_first, later):
 )
 def test_schedules_follow_the_number_of_steps(steps, expected):
     hp = Hyperparameters(steps=steps)
-    hp.fit_to(tiny())
+    hp.fit_to(tiny(input_size=(60, 160), input_channels=3))
     assert (hp.warmup, hp.beta_start, hp.beta_steps, hp.closed_share, hp.free_nats) == expected
     assert Hyperparameters(steps=steps, warmup=7, closed_share=0.25).closed_share == 0.25
 
