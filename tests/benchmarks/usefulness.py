@@ -63,9 +63,9 @@ def fit_model(pictures: CaptchaFolder, steps: int, shift: int, out: Path) -> HVA
     """A model of these pictures; a tenth of them chooses the best."""
     model, _ = adapted(HVAE.load(CHECKPOINTS["captcha"]), **data_arguments(pictures))
     model.provenance = {}
-    settings = dict(steps=steps, shift=shift, lr=1e-3, eval_every=max(1, steps // 8))
+    schedule = dict(steps=steps, lr=1e-3, beta_start=1.0, eval_every=max(1, steps // 8))
     data = Subset(pictures, range(len(pictures)))
-    return train(model, data, out=out, resume=True, **settings)[0]
+    return train(model, data, out=out, resume=True, shift=shift, **schedule)[0]
 
 
 def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[float]:
@@ -91,7 +91,7 @@ def main() -> None:
     add("--length", type=int, required=True, help="symbols in the longest text")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
     add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000], help="training pictures")
-    add("--steps", type=int, default=1500, help="of a model's training")
+    add("--steps", type=int, default=4000, help="of a model's training")
     add("--shift", type=int, default=2, help="pixels that its images are moved by")
     add("--samples", type=int, default=20_000, help="that a reader is given")
     add(
