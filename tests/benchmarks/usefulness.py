@@ -63,9 +63,9 @@ def fit_model(pictures: CaptchaFolder, steps: int, shift: int, out: Path) -> HVA
     """A model of these pictures; a tenth of them chooses the best."""
     model, _ = adapted(HVAE.load(CHECKPOINTS["captcha"]), **data_arguments(pictures))
     model.provenance = {}
-    schedule = dict(steps=steps, lr=1e-3, beta_start=1.0, eval_every=max(1, steps // 8))
     data = Subset(pictures, range(len(pictures)))
-    return train(model, data, out=out, resume=True, shift=shift, **schedule)[0]
+    settings = dict(steps=steps, shift=shift, eval_every=max(1, steps // 8))
+    return train(model, data, out=out, resume=True, **settings)[0]
 
 
 def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[float]:
