@@ -545,7 +545,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_individual(model, args.individual, *request, args.resume)
             print(f"{args.n} images in {args.individual}")
         else:
-            picture_format(Path(args.out))  # errors come before the drawing
+            picture_format(args.out)  # errors come before the drawing
             write_image(sample_sheet(model, *request, captions=args.captions), args.out)
             print(f"{args.n} samples on {args.out}")
 

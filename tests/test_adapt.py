@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from hvae.adapt import fitted_weights, stretched
+from hvae.adapt import adapted, fitted_weights, stretched
 from model import HVAE
-from trainer import adapted
 
 OUTER = [("conv", 8, 2), ("res", 8)]
 INNER = [[("conv", 8, 2)], [("dense", 6)]]

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainer
+from hvae.adapt import adapted
 from hvae.context import ContextNetwork, is_flat
 from model import CONFIGS, HVAE
-from trainer import Hyperparameters, adapted, objective, train
+from trainer import Hyperparameters, objective, train
 
 KINDS = [("logistic", 3), ("logistic", 1), ("bernoulli", 1), ("bernoulli", 2)]
 

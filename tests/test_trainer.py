@@ -15,6 +15,7 @@ import captcha.image
 import numpy as np
 import pytest
 import torch
+from benchmarks import fit_prior as fit_prior_script
 from benchmarks.fit_prior import fit_prior
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -666,8 +667,10 @@ def test_free_nats_have_no_gradient():
 @pytest.mark.parametrize("levels, closed", [(1, 0), (2, 1), (3, 2), (5, 3), (6, 3)])
 def test_closed_levels_by_default(levels, closed):
     hp = Hyperparameters()
-    hp.fit_to(tiny(inner_config=[[("res", 4)]] * (levels - 1)))
+    captcha = dict(input_size=(60, 160), input_channels=3)
+    hp.fit_to(tiny(inner_config=[[("res", 4)]] * (levels - 1), **captcha))
     assert hp.closed_levels == closed
+    assert hp.free_nats == [40.0] * (levels - 1) + [80.0]
 
 
 @pytest.mark.parametrize("c, h, w, share", [(3, 60, 160, 1), (3, 90, 200, 1), (1, 40, 120, 1 / 6)])
@@ -1334,6 +1337,29 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
     assert model.provenance["steps"] == 4
     second = HVAE.load(tmp_path / "out" / "hvae-000004.pt")
     assert all(map(torch.equal, model.state_dict().values(), second.state_dict().values()))
+
+
+def test_script_fits_the_prior(tmp_path, capsys):
+    folder = image_folder(tmp_path / "in", ["AB", "BA"] * 6)
+    data = CaptchaFolder(folder)
+    for name, flow in (("with", 2), ("without", 0)):
+        model = tiny_captcha(**VECTOR_TOP, text_length=None, flow=flow)
+        model.provenance = {"data": data.description}
+        model.save(tmp_path / f"{name}.pt")
+    out = tmp_path / "out.pt"
+    options = ["--steps", "2", "--images", "5", "--out", str(out)]
+    fit_prior_script.main([str(tmp_path / "with.pt"), *options])
+    fitted = HVAE.load(out)
+    assert fitted.config == HVAE.load(tmp_path / "with.pt").config
+    assert fitted.provenance["prior_fit"] == {"images": 5, "steps": 2, "batch_size": 256}
+    assert fitted.provenance["held_out"]["images"] == len(hold_out(data, 0)[1])
+    before = out.read_bytes()
+    for name, message in (("with", "is there already"), ("without", "no flow")):
+        with pytest.raises(SystemExit):
+            fit_prior_script.main([str(tmp_path / f"{name}.pt"), *options])
+        assert message in capsys.readouterr().err
+        assert out.read_bytes() == before
+        options[-1] = str(tmp_path / "other.pt")
 
 
 def test_evaluation_is_on_what_the_command_line_names(small):

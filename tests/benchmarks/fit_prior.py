@@ -6,6 +6,7 @@ On images of the kind that the model was trained on: renders, or a folder.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -90,16 +91,18 @@ def encode_top(model: HVAE, loader: DataLoader) -> tuple[Tensor, Tensor]:
     return torch.cat([q.mu for q in posteriors]), torch.cat([q.logvar for q in posteriors])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("checkpoint", type=path_argument)
     add("--images", type=int, default=150_000, help="captchas to fit to")
     add("--steps", type=int, default=10_000)
     add("--out", type=path_argument, default="fitted.pt", metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     keep_memory()
     with one_line_errors(parser):
+        if Path(args.out).exists():
+            raise InputError(f"{args.out} is there already; choose another")
         model = HVAE.load(args.checkpoint, pick_device())
         data = test_images(model)
         fit_prior(model, data.other_split("train", args.images), steps=args.steps)

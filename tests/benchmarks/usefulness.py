@@ -25,11 +25,12 @@ from reader import balanced, fit_reader, kind_of, shuffled
 
 from dataset import CaptchaFolder
 from generate import CHECKPOINTS, sample_sheet
+from hvae.adapt import adapted
 from hvae.cli import make_parser, one_line_errors, path_argument
 from hvae.parallel import keep_memory
 from hvae.pictures import write_image
 from model import HVAE
-from trainer import adapted, data_arguments, train
+from trainer import data_arguments, train
 
 
 def as_tensors(data: Dataset) -> tuple[Tensor, Tensor]:
