@@ -239,6 +239,7 @@ def train(
     resume: bool = False,
     keep: bool = False,
     device: str | None = None,
+    bf16: bool | None = None,
     workers: int = 1,
     **hyperparameters,
 ) -> tuple[HVAE, list[dict]]:
@@ -254,7 +255,7 @@ def train(
         dataset: of (image (C, H, W) in [0, 1], label (T,)); None renders captchas without end.
         val_dataset: held-out images; None renders the split 'val', or takes a tenth of the data.
         keep: keep the averaged model of every evaluation, as hvae-STEP.pt.
-        device: None is CUDA if there is one.
+        device, bf16: None is CUDA, and bfloat16 autocast, if there are any.
         workers: processes that load or render.
         hyperparameters: see `Hyperparameters`, such as steps=2000, lr=1e-3.
 
@@ -282,7 +283,8 @@ def train(
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) if parallel.rank() == 0 else nullcontext():
-        run = Run(model, hp, device, has_bf16(device), description, images=len(train_set))
+        bf16 = has_bf16(device) if bf16 is None else bf16
+        run = Run(model, hp, device, bf16, description, images=len(train_set))
         begin_or_resume(run, train_set, out)
         take_steps(run, train_set, val_set, out, workers, keep)
     with parallel.rank_0_first():  # which has written it
