@@ -17,6 +17,8 @@ Captchas need each of these for samples that follow their text; short runs and d
         reconstruction is a weighted mean: the guess's, which teaches the latents, and a twentieth
         of -log p(x|z), which is enough for the context to learn it. Of binary images the weight
         of -log p(x|z) rises from 0 to 1: early on, a context would explain what latents should.
+    a last phase: with latents and priors frozen, only p(x|z) learns, and pixels have a weight of
+        0.3. Context and features then fit latents that no longer move.
     a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
         fitted to q(z_L).
 """
@@ -56,6 +58,7 @@ from model import CONFIGS, HVAE, ELBOTerms, Level
 
 SHORT_RUN = 2_000  # steps
 CAPTCHA_VALUES = 3 * 60 * 160  # of the image for which the default of free_nats was found
+FROZEN_PIXEL_WEIGHT = 0.3  # at least, where latents have nothing to lose
 VERSION = "2.0"  # of this code, written into every checkpoint
 
 
@@ -121,7 +124,13 @@ class Hyperparameters:
         0,
         1.000001,
     )
-    frozen_latents: bool = option(False, "train only p(x|z), with latents and priors as they are")
+    frozen_share: float | None = option(
+        None,
+        "last share of the run, in which latents and priors are frozen and only p(x|z) learns; "
+        "default: 0.25 with a context, 0 for binary pixels and in a short run",
+        0,
+        1.000001,
+    )
     binarise: bool = option(False, "draw every pixel as 0 or 1, anew at every step")
     shift: int = option(
         0, "augmentation: images are moved by up to so many pixels; for small data sets", 0
@@ -157,7 +166,7 @@ class Hyperparameters:
         return {
             "warmup": min(200, self.steps // 2),
             "beta_start": 1.0 if self.is_short else 5.0,
-            "beta_steps": max(1, round(0.7 * self.steps)),
+            "beta_steps": max(1, round(0.7 * self.frozen_from)),
             "closed_share": 0.0 if self.is_short else 0.5,
         }
 
@@ -173,22 +182,31 @@ class Hyperparameters:
         free_nats = default if self.free_nats is None else self.free_nats
         self.free_nats = per_level("free_nats", free_nats, levels)
         below_top = levels - 1 if model.top_down else 0
-        if self.frozen_latents:
-            self.closed_levels = 0
-        elif self.closed_levels is None:
+        binary = model.config["likelihood"] == "bernoulli"
+        if self.frozen_share is None:
+            has_phase = model.context is not None and not binary and not self.is_short
+            self.frozen_share = 0.25 if has_phase else 0.0
+        if self.closed_levels is None:
             self.closed_levels = min((levels + 1) // 2, below_top)
         validate_int("closed_levels", self.closed_levels, 0, below_top)
-        binary = model.config["likelihood"] == "bernoulli"
         if self.pixel_weight is None:
             self.pixel_weight = 0.0 if binary else 0.05
         if self.pixel_rise is None:
             self.pixel_rise = 0.6 if binary else 0.0
 
+    @property
+    def frozen_from(self) -> int:
+        """The first step in which latents and priors are frozen."""
+        return self.steps - round((self.frozen_share or 0) * self.steps)
+
     def lr_at(self, step: int) -> float:
-        """A linear rise, then half a cosine from lr to 2% of it."""
+        """In each phase a linear rise, then half a cosine from lr to 2% of it."""
+        steps = self.frozen_from
+        if step >= self.frozen_from:
+            step, steps = step - self.frozen_from, self.steps - self.frozen_from
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        done = (step - self.warmup) / max(1, steps - self.warmup)
         return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def beta_at(self, step: int) -> float:
@@ -196,6 +214,8 @@ class Hyperparameters:
         return self.beta_start ** max(0.0, 1 - step / steps)
 
     def pixel_weight_at(self, step: int) -> float:
+        if step >= self.frozen_from:
+            return max(self.pixel_weight, FROZEN_PIXEL_WEIGHT)
         if not self.pixel_rise:
             return self.pixel_weight
         done = min(1.0, step / (self.pixel_rise * self.steps))
@@ -204,9 +224,9 @@ class Hyperparameters:
     def closed_at(self, step: int, levels: int) -> Tensor:
         """(batch_size,): how many of the lowest levels are closed, for each image of a batch."""
         closed = torch.zeros(self.batch_size, dtype=torch.long)
-        if self.closed_levels:
+        if self.closed_levels and step < self.frozen_from:
             closed[: int(self.closed_share * self.batch_size)] = self.closed_levels
-            if 3 * step < self.steps:
+            if 3 * step < self.frozen_from:
                 only_top = int(self.top_share * self.closed_share * self.batch_size)
                 closed[:only_top] = levels - 1
         return closed
@@ -286,7 +306,10 @@ def train(
         bf16 = has_bf16(device) if bf16 is None else bf16
         run = Run(model, hp, device, bf16, description, images=len(train_set))
         begin_or_resume(run, train_set, out)
-        take_steps(run, train_set, val_set, out, workers, keep)
+        try:
+            take_steps(run, train_set, val_set, out, workers, keep)
+        finally:
+            run.unfreeze()
     with parallel.rank_0_first():  # which has written it
         return HVAE.load(out / "hvae.pt", device), run.history
 
@@ -347,6 +370,8 @@ def take_steps(
 def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     """One step: batch, loss, backward, clip, step, average. Returns the terms of the ELBO."""
     model, hp, device = run.model, run.hp, run.device
+    if run.step >= hp.frozen_from and not run.frozen:
+        run.freeze_latents()
     if parallel.world_size() > 1:  # noise that differs between processes, and not after a resume
         noise = (hp.seed * 1_000_003 + run.step) * parallel.world_size() + parallel.rank()
         torch.manual_seed(noise)
@@ -835,8 +860,8 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """The checkpoint to begin with, or a config with its changes, for the data's images."""
     if args.init:
         return begin_with(dataset, args)
-    if args.frozen_latents:
-        raise InputError("--frozen-latents: untrained latents; begin with a checkpoint (--init)")
+    if args.frozen_share == 1:
+        raise InputError("--frozen-share 1: untrained latents; begin with a checkpoint (--init)")
     names = ("inference", "likelihood", "sigma", "mixtures", "context", "prior_context", "flow")
     changes = given_arguments(args, names)
     if args.likelihood == "gaussian":

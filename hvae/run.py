@@ -35,10 +35,9 @@ class Run:
     ):
         self.model, self.hp = model.to(device).train(), hp
         self.settings = {**asdict(hp), "images": images}
-        if hp.frozen_latents:
-            model.freeze_latents()
         self.device, self.bf16, self.description = device, bf16, description
         self.forward = data_parallel(model)
+        self.frozen: list[nn.Parameter] = []
         self.average = AveragedModel(model, multi_avg_fn=ema_with_warmup(hp.ema))
         self.average.eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -51,6 +50,20 @@ class Run:
         self.seconds = 0.0
         self.history: list[dict] = []
         self.recent: list[dict] = []  # terms of the steps since the last row of the history
+
+    def freeze_latents(self) -> None:
+        """Begins the phase in which only p(x|z) learns, with the averaged weights; or resumes it."""
+        if self.step == self.hp.frozen_from:
+            self.model.load_state_dict(self.average.module.state_dict())
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.freeze_latents()
+        self.frozen = [p for p in learned if not p.requires_grad]
+        self.forward = data_parallel(self.model)  # which asks once who has gradients
+
+    def unfreeze(self) -> None:
+        """Leaves the model as it was given: whoever trains it again trains all of it."""
+        for p in self.frozen:
+            p.requires_grad_(True)
 
     def record(self, terms: dict) -> None:
         """Keeps a step's terms for the next row of the history.

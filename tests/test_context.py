@@ -274,7 +274,7 @@ def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
     short = ["--steps", "2", "--batch-size", "4", "--eval-every", "2"]
     config, out = ["--context", "3", "3"], ["--out", str(tmp_path / "run")]
     config += ["--prior-context", "3", "3"]
-    init = ["--init", str(tmp_path / "ladder.pt"), "--frozen-latents", "--pixel-weight", "1"]
+    init = ["--init", str(tmp_path / "ladder.pt"), "--frozen-share", "1", "--pixel-weight", "1"]
     trainer.main([*config, *init, *data, *short, *out])
     model = HVAE.load(tmp_path / "run" / "hvae.pt")
     assert model.config["context"] == [3, 3] and model.config["mixtures"] == 6
@@ -282,7 +282,8 @@ def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
     kept = {k: v for k, v in ladder.state_dict().items() if k.startswith(("levels.", "inference."))}
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in kept.items())
     with pytest.raises(SystemExit):
-        trainer.main([*config, "--frozen-latents", *data, *short, "--out", str(tmp_path / "other")])
+        untrained = ["--frozen-share", "1", "--out", str(tmp_path / "other")]
+        trainer.main([*config, *untrained, *data, *short])
     assert "--init" in capsys.readouterr().err
 
 

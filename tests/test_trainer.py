@@ -244,6 +244,47 @@ def test_learning_rate_rises_and_falls():
     assert 0 < Hyperparameters(steps=5, warmup=200, lr=1.0).lr_at(4) < 0.1
 
 
+def test_the_last_phase_leaves_latents_as_they_are(tmp_path):
+    """It begins with the averaged weights, trains p(x|z) alone, and gives the model back whole."""
+    model = tiny(outer_config=[("conv", 4), ("conv", 4, 2)])
+    fit(tmp_path, model, frozen_share=0.5, keep=True, ema=0.5)  # of eight steps
+    before, after = (HVAE.load(tmp_path / f"hvae-00000{n}.pt").state_dict() for n in (4, 8))
+    learned = {name for name, w in before.items() if not torch.equal(w, after[name])}
+    assert learned == {n for n in before if n.startswith(("generation.0.", "to_image."))}
+    assert any(n.startswith("generation.0.") for n in learned)
+    frozen = model.state_dict().keys() - learned
+    assert all(torch.equal(model.state_dict()[name], after[name]) for name in frozen)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_schedules_of_both_phases():
+    """The learning rate rises and falls in each; beta is 1 and levels are open in the last."""
+    hp = Hyperparameters(steps=4000, frozen_share=0.25, lr=1.0)
+    hp.fit_to(HVAE())
+    rates = [hp.lr_at(step) for step in range(4000)]
+    assert rates[200] == rates[3200] == 1
+    assert rates[2999] == pytest.approx(0.02, abs=1e-3)
+    assert rates[3999] == pytest.approx(0.02, abs=1e-3)
+    assert hp.beta_at(2099) > 1 and hp.beta_at(2100) == 1
+    assert hp.closed_at(2999, 5).any() and not hp.closed_at(3000, 5).any()
+    assert hp.pixel_weight_at(2999) == 0.05 and hp.pixel_weight_at(3000) == 0.3
+
+
+@pytest.mark.parametrize(
+    "steps, changes, share",
+    [
+        (2000, {}, 0.25),
+        (1999, {}, 0),
+        (2000, dict(likelihood="bernoulli"), 0),
+        (2000, dict(likelihood="gaussian", context=None), 0),
+    ],
+)
+def test_when_there_is_a_last_phase(steps, changes, share):
+    hp = Hyperparameters(steps=steps)
+    hp.fit_to(HVAE(**{**TINY, "input_size": (8, 12), **changes}))
+    assert hp.frozen_share == share
+
+
 def test_optimizer_follows_the_learning_rate(tmp_path):
     fit(tmp_path, steps=8, lr=1e-2)
     (group,) = read_tensors(tmp_path / "state.pt")[1]["param_groups"]
@@ -397,6 +438,16 @@ def test_resume_between_log_steps(tmp_path):
     with signal_in_step(5, signal.SIGINT), pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", log_every=3)
     fit(tmp_path / "cut", log_every=3, resume=True)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("call", [3, 5, 7])  # before the last phase, at its start, within it
+def test_resume_with_a_last_phase_is_bitwise(call, tmp_path):
+    phases = dict(frozen_share=0.5, eval_every=2)
+    fit(tmp_path / "unbroken", **phases)
+    with interruption("trainer.training_step", call):
+        fit(tmp_path / "cut", **phases)
+    fit(tmp_path / "cut", resume=True, **phases)
     assert_same_run(tmp_path / "unbroken", tmp_path / "cut")
 
 
@@ -1142,7 +1193,7 @@ OPTIONS = """--data --folder --skip-bad --root --size --length --shortest --char
     --workers --config --init --inference --likelihood --sigma --mixtures --context
     --prior-context --flow
     --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats
-    --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-latents --binarise
+    --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-share --binarise
     --shift --eval-every
     --log-every --seed --device --out --keep --resume --evaluate
     --importance-samples"""
