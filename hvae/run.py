@@ -52,7 +52,7 @@ class Run:
         self.recent: list[dict] = []  # terms of the steps since the last row of the history
 
     def freeze_latents(self) -> None:
-        """Begins the phase in which only p(x|z) learns, with the averaged weights; or resumes it."""
+        """Begins the phase that trains p(x|z) alone, with the averaged weights; or resumes it."""
         if self.step == self.hp.frozen_from:
             self.model.load_state_dict(self.average.module.state_dict())
         learned = [p for p in self.model.parameters() if p.requires_grad]
