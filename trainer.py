@@ -35,6 +35,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -134,6 +135,12 @@ class Hyperparameters:
     binarise: bool = option(False, "draw every pixel as 0 or 1, anew at every step")
     shift: int = option(
         0, "augmentation: images are moved by up to so many pixels; for small data sets", 0
+    )
+    warp: float = option(
+        0.0,
+        "augmentation, but in the last phase: images are bent, their points moved by up to so many "
+        "pixels; for small data sets",
+        0,
     )
     eval_every: int = option(1000, "steps between evaluations, samples and checkpoints", 1)
     log_every: int = option(50, "steps per row of metrics.csv", 1)
@@ -378,6 +385,7 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
     x = binarised(x) if hp.binarise else x
     x = shifted(x, hp.shift) if hp.shift else x
+    x = warped(x, hp.warp) if hp.warp and not run.frozen else x
     y = y.to(device, non_blocking=True) if model.text_length is not None else None
     closed = parallel.shard(hp.closed_at(run.step, len(model.levels))).to(device)
 
@@ -459,6 +467,24 @@ def shifted(x: Tensor, most: int) -> Tensor:
     x = x.gather(2, rows[:, None, :, None].expand(n, c, h, w))
     x = x.gather(3, columns[:, None, None, :].expand(n, c, h, w))
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def warped(x: Tensor, most: float) -> Tensor:
+    """Each image bent smoothly: its points move by up to so many pixels.
+
+    Points half a height apart move at random, and those between them follow. What comes in repeats
+    the border.
+    """
+    n, _, h, w = x.shape
+    points = (3, max(3, 1 + round(2 * w / h)))
+    move = most * (2 * torch.rand(n, 2, *points, device=x.device) - 1)
+    move = F.interpolate(move, (h, w), mode="bicubic", align_corners=True).clamp(-most, most)
+    place = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy")).to(
+        x.device
+    )
+    size = torch.tensor([w, h], device=x.device)
+    grid = (2 * (place + move).permute(0, 2, 3, 1) + 1) / size - 1
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def batches(n: int, batch_size: int, seed: int, start: int, steps: int) -> Iterator[list[int]]:

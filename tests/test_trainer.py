@@ -43,6 +43,7 @@ from trainer import (
     plot_history,
     shifted,
     train,
+    warped,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*resuming with")  # more steps, often
@@ -1186,6 +1187,26 @@ def test_shifted_images_are_moved_by_whole_pixels(most, h, w):
     assert len(offsets) > 1 or h == w == 1
 
 
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.floats(0.1, 4), st.integers(8, 20), st.integers(0, 20))
+def test_warped_images_are_bent_smoothly(most, h, wider):
+    """Of a picture that names its places, each pixel shows a place near its own."""
+    w = h + wider
+    places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).float()
+    moves = warped(places.repeat(20, 1, 1, 1), most) - places
+    assert 0.1 * most < moves.abs().max() < most + 1e-3
+    neighbours = torch.cat([moves.diff(dim=2).flatten(), moves.diff(dim=3).flatten()])
+    assert neighbours.abs().max() < 8 * most / (h - 1)  # points are half a height apart
+    assert not torch.equal(moves[0], moves[1])
+
+
+def test_images_are_warped_but_in_the_last_phase(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(trainer, "warped", lambda x, most: calls.append(most) or x)
+    fit(tmp_path, steps=8, frozen_share=0.25, warp=2)
+    assert calls == [2.0] * 6
+
+
 # ---------------------------------------------------------------------------- command line
 
 OPTIONS = """--data --folder --skip-bad --root --size --length --shortest --charset
@@ -1194,7 +1215,7 @@ OPTIONS = """--data --folder --skip-bad --root --size --length --shortest --char
     --prior-context --flow
     --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats
     --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-share --binarise
-    --shift --eval-every
+    --shift --warp --eval-every
     --log-every --seed --device --out --keep --resume --evaluate
     --importance-samples"""
 
