@@ -1195,7 +1195,8 @@ def test_warped_images_are_bent_smoothly(most, h, wider):
     places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).float()
     moves = warped(places.repeat(20, 1, 1, 1), most) - places
     assert 0.1 * most < moves.abs().max() < most + 1e-3
-    neighbours = torch.cat([moves.diff(dim=2).flatten(), moves.diff(dim=3).flatten()])
+    inner = moves[:, :, 5:-5, 5:-5]  # near the border it may be the border that is shown
+    neighbours = torch.cat([inner.diff(dim=2).flatten(), inner.diff(dim=3).flatten()])
     assert neighbours.abs().max() < 13 * most / (h - 1)  # points are half a height apart
     assert not torch.equal(moves[0], moves[1])
 
