@@ -60,19 +60,19 @@ def augmented(batches, seed: int = 0):
         yield x.clamp(0, 1), y
 
 
-def fit_model(pictures: CaptchaFolder, steps: int, shift: int, out: Path) -> HVAE:
+def fit_model(pictures: CaptchaFolder, steps: int, shift: int, warp: float, out: Path) -> HVAE:
     """A model of these pictures; a tenth of them chooses the best."""
     model, _ = adapted(HVAE.load(CHECKPOINTS["captcha"]), **data_arguments(pictures))
     model.provenance = {}
     data = Subset(pictures, range(len(pictures)))
-    settings = dict(steps=steps, shift=shift, eval_every=max(1, steps // 8))
+    settings = dict(steps=steps, shift=shift, warp=warp, eval_every=max(1, steps // 8))
     return train(model, data, out=out, resume=True, **settings)[0]
 
 
 def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[float]:
     """Shares of symbols and texts that the readers read: of pictures alone, of both."""
     out = Path(args.out) / f"{pictures.root.name}-{len(pictures)}"
-    model = fit_model(pictures, args.steps, args.shift, out)
+    model = fit_model(pictures, args.steps, args.shift, args.warp, out)
     write_image(sample_sheet(model, 40, captions=True), out / "sheet.png")
     texts = random_texts(args.samples, model, seed=0)
     drawn = samples_of(model, 1.0)(texts, "useful"), labels(texts, model)
@@ -94,6 +94,7 @@ def main() -> None:
     add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000], help="training pictures")
     add("--steps", type=int, default=4000, help="of a model's training")
     add("--shift", type=int, default=2, help="pixels that its images are moved by")
+    add("--warp", type=float, default=3, help="pixels that their points are bent by")
     add("--samples", type=int, default=20_000, help="that a reader is given")
     add(
         "--reader-steps", type=int, default=1500, help="of a reader's training, with 64 images each"
