@@ -10,15 +10,16 @@ Captchas need each of these for samples that follow their text; short runs and d
         description of an image, and the text costs nothing.
     closed levels: in half of every batch the lowest levels do not see x, but take the mean of their
         prior's base. The glyphs of these images can only come from the top latents and the text.
-        In the first third of a run, half of these images have every level closed but the top.
+        In the first third of the steps before the last phase, half of these images have every level
+        closed but the top.
     free_nats: KL of a level that costs nothing, so that the upper levels are used.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
         reconstruction is a weighted mean: the guess's, which teaches the latents, and a twentieth
         of -log p(x|z), which is enough for the context to learn it. Of binary images the weight
         of -log p(x|z) rises from 0 to 1: early on, a context would explain what latents should.
-    a last phase: with latents and priors frozen, only p(x|z) learns, and pixels have a weight of
-        0.3. Context and features then fit latents that no longer move.
+    a last phase: with latents and priors frozen, only p(x|z) learns, and its weight against the
+        guess is 0.3 or more. Context and features then fit latents that no longer move.
     a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
         fitted to q(z_L).
 """
@@ -59,7 +60,7 @@ from model import CONFIGS, HVAE, ELBOTerms, Level
 
 SHORT_RUN = 2_000  # steps
 CAPTCHA_VALUES = 3 * 60 * 160  # of the image for which the default of free_nats was found
-FROZEN_PIXEL_WEIGHT = 0.3  # at least, where latents have nothing to lose
+FROZEN_PIXEL_WEIGHT = 0.3  # the least in the last phase, where latents have nothing to lose
 VERSION = "2.0"  # of this code, written into every checkpoint
 
 
@@ -83,13 +84,17 @@ class Hyperparameters:
     batch_size: int = option(32, "images per step", 1)
     lr: float = option(2e-3, "peak of AdamW's learning rate, which falls as a cosine to 2%%", 1e-12)
     warmup: int | None = option(
-        None, "steps over which the learning rate rises; default: 200, at most half of all", 0
+        None,
+        "steps over which the learning rate rises in each phase; default: 200, at most half of all",
+        0,
     )
     beta_start: float | None = option(
         None, "weight of the KL at the start; it goes to 1; default: 5, in a short run 1", 1e-12
     )
     beta_steps: int | None = option(
-        None, "steps over which beta goes to 1; default, and at most: 0.7 of all", 1
+        None,
+        "steps over which beta goes to 1; default, and at most: 0.7 of those before the last phase",
+        1,
     )
     free_nats: Sequence[float] | float | None = option(
         None,
@@ -106,7 +111,8 @@ class Hyperparameters:
     )
     top_share: float = option(
         0.5,
-        "share of those images in which only the top is open, in the first third of the run",
+        "share of those images in which only the top is open, in the first third of the steps "
+        "before the last phase",
         0,
         1.001,
     )
@@ -114,7 +120,7 @@ class Hyperparameters:
     pixel_weight: float | None = option(
         None,
         "weight of log p(x|z) against z's own guess, with a context; default: 0.05, for binary "
-        "pixels 0 at the start",
+        "pixels 0 at the start; in the last phase at least 0.3",
         0,
         1.000001,
     )
@@ -138,8 +144,8 @@ class Hyperparameters:
     )
     warp: float = option(
         0.0,
-        "augmentation, but in the last phase: images are bent, their points moved by up to so many "
-        "pixels; for small data sets",
+        "augmentation until the last phase: images are bent, their points move by up to so many "
+        "pixels (elastic deformation); for small data sets",
         0,
     )
     eval_every: int = option(1000, "steps between evaluations, samples and checkpoints", 1)
@@ -148,6 +154,8 @@ class Hyperparameters:
 
     def __post_init__(self):
         validate_int("steps", self.steps, 1)
+        if self.frozen_share is not None:
+            validate_number("frozen_share", self.frozen_share, 0, 1.000001)
         for name, value in self.schedule().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -208,12 +216,13 @@ class Hyperparameters:
 
     def lr_at(self, step: int) -> float:
         """In each phase a linear rise, then half a cosine from lr to 2% of it."""
-        steps = self.frozen_from
+        steps, warmup = self.frozen_from, self.warmup
         if step >= self.frozen_from:
             step, steps = step - self.frozen_from, self.steps - self.frozen_from
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, steps - self.warmup)
+            warmup = min(warmup, steps // 2)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - warmup)
         return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def beta_at(self, step: int) -> float:
@@ -221,12 +230,10 @@ class Hyperparameters:
         return self.beta_start ** max(0.0, 1 - step / steps)
 
     def pixel_weight_at(self, step: int) -> float:
-        if step >= self.frozen_from:
-            return max(self.pixel_weight, FROZEN_PIXEL_WEIGHT)
-        if not self.pixel_rise:
-            return self.pixel_weight
-        done = min(1.0, step / (self.pixel_rise * self.steps))
-        return self.pixel_weight + (1 - self.pixel_weight) * done
+        weight = self.pixel_weight
+        if self.pixel_rise:
+            weight += (1 - weight) * min(1.0, step / (self.pixel_rise * self.steps))
+        return max(weight, FROZEN_PIXEL_WEIGHT) if step >= self.frozen_from else weight
 
     def closed_at(self, step: int, levels: int) -> Tensor:
         """(batch_size,): how many of the lowest levels are closed, for each image of a batch."""
@@ -377,15 +384,15 @@ def take_steps(
 def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     """One step: batch, loss, backward, clip, step, average. Returns the terms of the ELBO."""
     model, hp, device = run.model, run.hp, run.device
-    if run.step >= hp.frozen_from and not run.frozen:
-        run.freeze_latents()
+    if run.step >= hp.frozen_from and not run.is_frozen:
+        run.begin_last_phase()
     if parallel.world_size() > 1:  # noise that differs between processes, and not after a resume
         noise = (hp.seed * 1_000_003 + run.step) * parallel.world_size() + parallel.rank()
         torch.manual_seed(noise)
     x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
-    x = binarised(x) if hp.binarise else x
     x = shifted(x, hp.shift) if hp.shift else x
-    x = warped(x, hp.warp) if hp.warp and not run.frozen else x
+    x = warped(x, hp.warp) if hp.warp and not run.is_frozen else x
+    x = binarised(x) if hp.binarise else x
     y = y.to(device, non_blocking=True) if model.text_length is not None else None
     closed = parallel.shard(hp.closed_at(run.step, len(model.levels))).to(device)
 
@@ -393,7 +400,7 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
         terms = run.forward(x, y, closed)
     beta, pixel_weight = hp.beta_at(run.step), hp.pixel_weight_at(run.step)
     loss = objective(terms, beta, run.free_nats, closed, pixel_weight)
-    if model.levels[-1].flow is not None:
+    if model.levels[-1].flow is not None and not run.is_frozen:
         loss = loss + flow_loss(model.levels[-1], terms.z_top.detach())
 
     for group in run.optimizer.param_groups:
@@ -470,21 +477,21 @@ def shifted(x: Tensor, most: int) -> Tensor:
 
 
 def warped(x: Tensor, most: float) -> Tensor:
-    """Each image bent smoothly: its points move by up to so many pixels.
+    """Each 8-bit image bent smoothly: its points move by up to so many pixels.
 
     Points half a height apart move at random, and those between them follow. What comes in repeats
-    the border.
+    the border. (Elastic deformation, Simard et al. 2003.)
     """
     n, _, h, w = x.shape
     points = (3, max(3, 1 + round(2 * w / h)))
     move = most * (2 * torch.rand(n, 2, *points, device=x.device) - 1)
     move = F.interpolate(move, (h, w), mode="bicubic", align_corners=True).clamp(-most, most)
-    place = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy")).to(
-        x.device
-    )
+    rows, columns = (torch.arange(end, device=x.device) for end in (h, w))
+    place = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # (2, H, W): x, then y
     size = torch.tensor([w, h], device=x.device)
     grid = (2 * (place + move).permute(0, 2, 3, 1) + 1) / size - 1
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return ((255 * x).round() / 255).contiguous(memory_format=torch.channels_last)
 
 
 def batches(n: int, batch_size: int, seed: int, start: int, steps: int) -> Iterator[list[int]]:
@@ -668,6 +675,8 @@ def validate_sets(model: HVAE, hp: Hyperparameters, train_set: Dataset, val_set:
     for data in (train_set, val_set):
         validate_data(model, data)
     if model.context is not None and model.context.binary and not hp.binarise:
+        if hp.warp:
+            raise InputError("warp: bent images are not binary; pass binarise=True (--binarise)")
         image = train_set[0][0]
         if not ((image == 0) | (image == 1)).all():
             raise InputError(

@@ -37,7 +37,8 @@ class Run:
         self.settings = {**asdict(hp), "images": images}
         self.device, self.bf16, self.description = device, bf16, description
         self.forward = data_parallel(model)
-        self.frozen: list[nn.Parameter] = []
+        self.is_frozen = False
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.average = AveragedModel(model, multi_avg_fn=ema_with_warmup(hp.ema))
         self.average.eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -51,19 +52,23 @@ class Run:
         self.history: list[dict] = []
         self.recent: list[dict] = []  # terms of the steps since the last row of the history
 
-    def freeze_latents(self) -> None:
-        """Begins the phase that trains p(x|z) alone, with the averaged weights; or resumes it."""
-        if self.step == self.hp.frozen_from:
+    def begin_last_phase(self) -> None:
+        """Freezes latents and priors, as averages; only p(x|z) learns from here on."""
+        if self.average.n_averaged > 0:
             self.model.load_state_dict(self.average.module.state_dict())
-        learned = [p for p in self.model.parameters() if p.requires_grad]
+        self.clip.mean, self.clip.seen = 0.0, 0  # gradients of other weights, another loss
+        self.freeze()
+
+    def freeze(self) -> None:
         self.model.freeze_latents()
-        self.frozen = [p for p in learned if not p.requires_grad]
-        self.forward = data_parallel(self.model)  # which asks once who has gradients
+        self.forward = data_parallel(self.model)  # it reads requires_grad only when it is built
+        self.is_frozen = True
 
     def unfreeze(self) -> None:
-        """Leaves the model as it was given: whoever trains it again trains all of it."""
-        for p in self.frozen:
+        """Leaves all of the model trainable that was, for another run."""
+        for p in self.trainable:
             p.requires_grad_(True)
+        self.model.train()
 
     def record(self, terms: dict) -> None:
         """Keeps a step's terms for the next row of the history.
@@ -106,7 +111,8 @@ class Run:
         if torch.cuda.is_available():
             for i, state in enumerate(torch.cuda.get_rng_state_all()):
                 tensors[f"rng_cuda.{i}"] = state
-        metadata = {name: getattr(self, name) for name in ("step", "seconds", "history", "recent")}
+        names = ("step", "seconds", "history", "recent", "is_frozen")
+        metadata = {name: getattr(self, name) for name in names}
         metadata.update(
             config=self.model.config,
             settings=self.settings,
@@ -146,6 +152,8 @@ class Run:
         for name in ("step", "seconds", "history", "recent", "began_with"):
             setattr(self, name, metadata[name])
         self.average.module.provenance = metadata["provenance"]
+        if metadata.get("is_frozen") and self.step >= self.hp.frozen_from:
+            self.freeze()
         torch.set_rng_state(tensors["rng"])
         for i in range(torch.cuda.device_count()):
             if f"rng_cuda.{i}" in tensors:

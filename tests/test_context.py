@@ -281,6 +281,8 @@ def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
     assert model.config["prior_context"] == [3, 3]
     kept = {k: v for k, v in ladder.state_dict().items() if k.startswith(("levels.", "inference."))}
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in kept.items())
+    paper = model.context.first.bias.view(3, 256).argmax(1)  # it started at the data's, white
+    assert (paper > 200).all()
     with pytest.raises(SystemExit):
         untrained = ["--frozen-share", "1", "--out", str(tmp_path / "other")]
         trainer.main([*config, *untrained, *data, *short])

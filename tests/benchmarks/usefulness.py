@@ -92,7 +92,7 @@ def main() -> None:
     add("--length", type=int, required=True, help="symbols in the longest text")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
     add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000], help="training pictures")
-    add("--steps", type=int, default=4000, help="of a model's training")
+    add("--steps", type=int, default=4500, help="of a model's training")
     add("--shift", type=int, default=2, help="pixels that its images are moved by")
     add("--warp", type=float, default=3, help="pixels that their points are bent by")
     add("--samples", type=int, default=20_000, help="that a reader is given")
