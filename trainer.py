@@ -15,7 +15,7 @@ Captchas need each of these for samples that follow their text; short runs and d
     free_nats: KL of a level that costs nothing, so that the upper levels are used.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
-        reconstruction is a weighted mean: the guess's, which teaches the latents, and a twentieth
+        reconstruction is a weighted mean: the guess's, which teaches the latents, and a hundredth
         of -log p(x|z), which is enough for the context to learn it. Of binary images the weight
         of -log p(x|z) rises from 0 to 1: early on, a context would explain what latents should.
     a last phase: with latents and priors frozen, only p(x|z) learns, and its weight against the
@@ -119,8 +119,8 @@ class Hyperparameters:
     ema: float = option(0.999, "decay of the averaged weights", 0, 1)
     pixel_weight: float | None = option(
         None,
-        "weight of log p(x|z) against z's own guess, with a context; default: 0.05, for binary "
-        "pixels 0 at the start; in the last phase at least 0.3",
+        "weight of log p(x|z) against z's own guess, with a context; default: 0.01, without a last "
+        "phase 0.05, for binary pixels 0 at the start; in the last phase at least 0.3",
         0,
         1.000001,
     )
@@ -205,7 +205,7 @@ class Hyperparameters:
             self.closed_levels = min((levels + 1) // 2, below_top)
         validate_int("closed_levels", self.closed_levels, 0, below_top)
         if self.pixel_weight is None:
-            self.pixel_weight = 0.0 if binary else 0.05
+            self.pixel_weight = 0.0 if binary else 0.01 if self.frozen_share else 0.05
         if self.pixel_rise is None:
             self.pixel_rise = 0.6 if binary else 0.0
 

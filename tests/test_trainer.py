@@ -276,7 +276,7 @@ def test_the_schedules_of_both_phases():
     assert rates[3999] == pytest.approx(0.02, abs=1e-3)
     assert hp.beta_at(2099) > 1 and hp.beta_at(2100) == 1
     assert hp.closed_at(2999, 5).any() and not hp.closed_at(3000, 5).any()
-    assert hp.pixel_weight_at(2999) == 0.05 and hp.pixel_weight_at(3000) == 0.3
+    assert hp.pixel_weight_at(2999) == 0.01 and hp.pixel_weight_at(3000) == 0.3
     hp = Hyperparameters(steps=1000, frozen_share=0.1, lr=1.0)
     hp.fit_to(HVAE(**CONFIGS["mnist-hvae"]))
     assert hp.pixel_weight_at(950) == 1  # it has risen, and stays
