@@ -1,0 +1,42 @@
+"""The command that asks whether a reader gains from samples, on a tiny folder and model."""
+
+import random
+import sys
+
+import pytest
+from benchmarks import usefulness
+from PIL import Image
+
+from model import HVAE
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Sixty grey pictures of 16x32, different from each other, with texts of two symbols."""
+    stream = random.Random(0)
+    (tmp_path / "pictures").mkdir()
+    for i in range(60):
+        text = "".join(stream.choices("ab", k=2))
+        image = Image.frombytes("L", (32, 16), stream.randbytes(32 * 16))
+        image.save(tmp_path / "pictures" / f"{text}_{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_a_row_of_the_table(folder, tmp_path, monkeypatch, capsys):
+    """Both readers' shares; the same ones again from the model that is there by then."""
+    outer, inner = [("conv", 4, 2), ("res", 4)], [[("dense", 4)]]
+    HVAE(outer, inner, (16, 32), text_length=2, charset="AB").save(tmp_path / "tiny.pt")
+    monkeypatch.setattr(usefulness, "CHECKPOINTS", {"captcha": tmp_path / "tiny.pt"})
+    options = "--length 2 --charset ab --sizes 1000 --steps 2 --samples 8 --reader-steps 2"
+    command = ["usefulness.py", str(folder), *options.split(), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    rows = []
+    for _ in range(2):
+        usefulness.main()
+        rows.append(capsys.readouterr().out.splitlines()[-1].split())
+    pictures, *shares = map(float, rows[0])
+    assert len(shares) == 4 and all(0 <= share <= 1 for share in shares)
+    assert rows[0] == rows[1]
+    run = tmp_path / "out" / f"pictures-{pictures:.0f}"
+    assert {"hvae.pt", "state.pt", "sheet.png"} <= {path.name for path in run.iterdir()}
+    assert HVAE.load(run / "hvae.pt").charset == "ab"
