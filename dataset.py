@@ -226,7 +226,7 @@ def validate_path(name: str, path: str | Path) -> None:
 
 
 class CaptchaFolder(Dataset):
-    """The images under a folder, at any depth, in the order of their paths, without hidden files.
+    """The images under a folder, at any depth, in the order of their paths, but for hidden ones.
 
     The text of an image stands in the folder's labels.csv (columns name and text), or else it is
     the file's name up to the first '_', '-', '.' or space: A7KQ.png and A7KQ_0012.jpg both show
@@ -414,14 +414,15 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def find_images(root: Path) -> list[Path]:
-    """The files under a folder that have the extension of an image, sorted."""
+    """The files under a folder that have an image's extension, sorted, but for hidden ones."""
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder")
     if not root.is_dir():
         raise InputError(f"{root}: not a folder")
     extensions = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
     paths = [path for path in root.rglob("*") if path.suffix.lower() in extensions]
-    paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+    is_hidden = lambda path: any(part.startswith(".") for part in path.relative_to(root).parts)
+    paths = [path for path in paths if path.is_file() and not is_hidden(path)]
     if not paths:
         raise InputError(f"{root}: no images in this folder")
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())

@@ -409,6 +409,8 @@ def test_folder_reads_texts_from_names_in_order_of_paths(tmp_path):
         save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "._D6.png").write_text("hidden")
+    (tmp_path / ".thumbs").mkdir()
+    (tmp_path / ".thumbs" / "D7.png").write_text("in a hidden folder")
     (tmp_path / "b/A7KQ.png").rename(tmp_path / "b/A7.png")
     folder = CaptchaFolder(tmp_path, text_length=2)
     assert [decode_text(label) for _, label in folder] == ["D6", "Z8", "Z9", "A7", "C7"]
