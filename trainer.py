@@ -153,12 +153,6 @@ class Hyperparameters:
     seed: int = option(0, "of the weights, the noise and the order of the data", 0, 2**32)
 
     def __post_init__(self):
-        validate_int("steps", self.steps, 1)
-        if self.frozen_share is not None:
-            validate_number("frozen_share", self.frozen_share, 0, 1.000001)
-        for name, value in self.schedule().items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
         for f in fields(self):
             value, kind = getattr(self, f.name), f.type
             if value is None and f.default is None:  # see fit_to()
@@ -170,6 +164,9 @@ class Hyperparameters:
                 setattr(self, f.name, float(value))  # numpy's numbers are not JSON
             elif kind is bool:
                 setattr(self, f.name, bool(value))
+        for name, value in self.schedule().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     @property
     def is_short(self) -> bool:

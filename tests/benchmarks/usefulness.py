@@ -94,7 +94,7 @@ def main() -> None:
     add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000], help="training pictures")
     add("--steps", type=int, default=4500, help="of a model's training")
     add("--shift", type=int, default=2, help="pixels that its images are moved by")
-    add("--warp", type=float, default=3, help="pixels that their points are bent by")
+    add("--warp", type=float, default=3, help="pixels that their points move by, bent")
     add("--samples", type=int, default=20_000, help="that a reader is given")
     add(
         "--reader-steps", type=int, default=1500, help="of a reader's training, with 64 images each"
