@@ -82,7 +82,7 @@ class Hyperparameters:
 
     steps: int = option(11_000, "training steps in all", 1)
     batch_size: int = option(32, "images per step", 1)
-    lr: float = option(2e-3, "peak of AdamW's learning rate, which falls as a cosine to 2%%", 1e-12)
+    lr: float = option(2e-3, "peak of the learning rate, which falls as a cosine to 2%%", 1e-12)
     warmup: int | None = option(
         None,
         "steps over which the learning rate rises in each phase; default: 200, at most half of all",
@@ -400,17 +400,23 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     if model.levels[-1].flow is not None and not run.is_frozen:
         loss = loss + flow_loss(model.levels[-1], terms.z_top.detach())
 
-    for group in run.optimizer.param_groups:
-        group["lr"] = hp.lr_at(run.step)
-    run.optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
+    lr = hp.lr_at(run.step)
     run.step += 1
     if run.clip(model):
-        run.optimizer.step()
+        for optimizer in run.optimizers:
+            take_step(optimizer, lr)
         run.average.update_parameters(model)
     else:  # a broken image must not stay in the statistics of batch normalisation either
         copy_buffers(run.average.module, model)
     return batch_means(terms, closed)
+
+
+def take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
 
 
 def objective(

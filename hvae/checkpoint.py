@@ -136,7 +136,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The state of a run; raises as read_tensors() does, also if the file is something else."""
     tensors, metadata = read_tensors(path)
-    missing = {"step", "config", "param_groups"} - metadata.keys()
+    missing = {"step", "config", "optimizers"} - metadata.keys()
     if missing:
         raise InputError(f"{path}: not a training state; it lacks {', '.join(sorted(missing))}")
     return tensors, metadata
@@ -147,11 +147,13 @@ def has_state(folder: Path) -> bool:
     return (folder / "state.pt").exists()
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list]:
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, Tensor], list]:
     """An optimizer's state as tensors by name, and its parameter groups as plain values."""
-    state = optimizer.state_dict()
+    state, kind = optimizer.state_dict(), type(optimizer).__name__
     tensors = {
-        f"optimizer.{i}.{name}": tensor
+        f"{kind}.{i}.{name}": tensor
         for i, values in state["state"].items()
         for name, tensor in values.items()
     }
@@ -164,7 +166,7 @@ def restore_optimizer(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
+        if key.startswith(f"{type(optimizer).__name__}."):
             _, i, name = key.split(".", 2)
             p = parameters[int(i)]
             # The file has lost channels_last, but fused AdamW takes a parameter and its moments

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from hvae.checkpoint import flatten_optimizer, load_state, restore_optimizer, write_tensors
+from hvae.optimizer import make_optimizers
 from hvae.parallel import data_parallel
 from hvae.text import possible_lengths
 from hvae.validate import InputError
@@ -41,9 +42,7 @@ class Run:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.average = AveragedModel(model, multi_avg_fn=ema_with_warmup(hp.ema))
         self.average.eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), hp.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        self.optimizers = make_optimizers(model, hp.lr)
         self.clip = GradientClipper()
         self.free_nats = torch.tensor(hp.free_nats, device=device)
         self.began_with = model.provenance
@@ -104,7 +103,11 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Writes the state: with it, the next step is the one that would have come."""
-        tensors, groups = flatten_optimizer(self.optimizer)
+        tensors, groups = {}, []
+        for optimizer in self.optimizers:
+            state, its_groups = flatten_optimizer(optimizer)
+            tensors.update(state)
+            groups.append(its_groups)
         for name, module in (("model", self.model), ("average", self.average)):
             tensors.update({f"{name}.{key}": t for key, t in module.state_dict().items()})
         tensors["rng"] = torch.get_rng_state()
@@ -116,7 +119,7 @@ class Run:
         metadata.update(
             config=self.model.config,
             settings=self.settings,
-            param_groups=groups,
+            optimizers=groups,
             clip=vars(self.clip),
             began_with=self.began_with,
             provenance=self.average.module.provenance,
@@ -147,7 +150,8 @@ class Run:
             module.load_state_dict(
                 {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             )
-        restore_optimizer(self.optimizer, tensors, metadata["param_groups"])
+        for optimizer, groups in zip(self.optimizers, metadata["optimizers"], strict=True):
+            restore_optimizer(optimizer, tensors, groups)
         vars(self.clip).update(metadata["clip"])
         for name in ("step", "seconds", "history", "recent", "began_with"):
             setattr(self, name, metadata[name])

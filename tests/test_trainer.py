@@ -300,8 +300,9 @@ def test_when_there_is_a_last_phase(steps, changes, share):
 
 def test_optimizer_follows_the_learning_rate(tmp_path):
     fit(tmp_path, steps=8, lr=1e-2)
-    (group,) = read_tensors(tmp_path / "state.pt")[1]["param_groups"]
-    assert group["lr"] == pytest.approx(Hyperparameters(steps=8, warmup=3, lr=1e-2).lr_at(7))
+    expected = Hyperparameters(steps=8, warmup=3, lr=1e-2).lr_at(7)
+    for (group,) in read_tensors(tmp_path / "state.pt")[1]["optimizers"]:
+        assert group["lr"] == pytest.approx(expected)
 
 
 def test_evaluations_between_log_steps(tmp_path):
@@ -454,6 +455,18 @@ def test_resume_between_log_steps(tmp_path):
     with signal_in_step(5, signal.SIGINT), pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", log_every=3)
     fit(tmp_path / "cut", log_every=3, resume=True)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "cut")
+
+
+def test_resume_of_wide_layers_is_bitwise(tmp_path):
+    """The state has the momentum of Muon, too."""
+    wide = lambda: tiny(outer_config=[("conv", 16, 2), ("res", 16)])
+    fit(tmp_path / "unbroken", wide())
+    tensors = read_tensors(tmp_path / "unbroken" / "state.pt")[0]
+    assert any(name.startswith("Muon.") for name in tensors)
+    with interruption("trainer.training_step", 7):
+        fit(tmp_path / "cut", wide())
+    fit(tmp_path / "cut", wide(), resume=True)
     assert_same_run(tmp_path / "unbroken", tmp_path / "cut")
 
 

@@ -98,7 +98,7 @@ def differences(one: Path, other: Path) -> list[str]:
     different += [
         n for n in tensors.keys() & others.keys() if not torch.equal(tensors[n], others[n])
     ]
-    different += [n for n in ("step", "clip", "param_groups") if state[n] != other_state[n]]
+    different += [n for n in ("step", "clip", "optimizers") if state[n] != other_state[n]]
     rows = [read_csv(out / "metrics.csv") for out in (one, other)]
     for row in (*rows[0], *rows[1]):
         row.pop("seconds")
