@@ -331,6 +331,7 @@ def plot_plane(model: HVAE, dataset: Dataset, path: str | Path | None = None) ->
     for first in range(0, len(dataset), 500):
         items = [dataset[i] for i in range(first, min(first + 500, len(dataset)))]
         x = torch.stack([image for image, _ in items]).to(model.device)
+        x = binarised(x, seeded(0)) if model.binarised else x
         means.append(model.infer(x)[1][0].q.mu.cpu())
         labels += [int(label[0]) if len(label) else 0 for _, label in items]
     z = torch.cat(means)

@@ -659,7 +659,12 @@ def data_arguments(dataset: Dataset) -> dict:
     )
     if arguments["text_length"] is not None:
         arguments["charset"] = source.charset
-        arguments["lengths"] = getattr(source, "lengths", None)
+        arguments["lengths"] = lengths = getattr(source, "lengths", None)
+        if lengths and not lengths[-1]:
+            raise InputError(
+                f"text_length is {len(lengths)}, but the data's longest texts have "
+                f"{max(possible_lengths(lengths))} symbols"
+            )
     return arguments
 
 

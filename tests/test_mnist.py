@@ -13,6 +13,7 @@ from dataset import MNIST
 from generate import plot_manifold, plot_plane
 from generate import test_images as held_out_images
 from hvae.checkpoint import read_csv
+from hvae.distributions import binarised
 from hvae.evaluation import evaluate, importance_bounds
 from model import CONFIGS, HVAE
 from trainer import hold_out, train
@@ -223,11 +224,15 @@ def test_named_configs(config):
     assert model.config["likelihood"] == "bernoulli" and model.text_length is None
 
 
-def test_plane_shows_the_means(digits):
+@pytest.mark.parametrize("binary", [False, True])
+def test_plane_shows_the_means(binary, digits):
     model = flat_vae()
+    model.provenance["binarised"] = binary
     test_set = held_out_images(model, "mnist", digits)
     points = plot_plane(model, test_set).axes[0].collections[0]
-    means = torch.cat([model.infer(image[None])[1][0].q.mu for image, _ in test_set]).detach()
+    x = torch.stack([image for image, _ in test_set])
+    x = binarised(x, torch.Generator().manual_seed(0)) if binary else x
+    means = model.infer(x)[1][0].q.mu.detach()
     shown = torch.as_tensor(points.get_offsets().data).float()
     torch.testing.assert_close(shown, means, atol=1e-4, rtol=1e-3)
     assert points.get_array().tolist() == [label.item() for _, label in test_set]

@@ -1401,8 +1401,10 @@ def test_texts_of_several_lengths(small, tmp_path, capsys):
     generate.main(["--checkpoint", checkpoint, "--individual", str(out), "--n", "40"])
     texts = CaptchaFolder(out, text_length=4, charset="AB").texts
     assert {len(text) for text in texts} == {1, 2, 4}
-    trainer.main(["--evaluate", checkpoint])
-    assert "-ELBO" in capsys.readouterr().out
+    image_folder(tmp_path / "short", ["A", "BB", "AB"])  # none as long as the longest
+    for folder in ([], ["--folder", str(tmp_path / "short")]):
+        trainer.main(["--evaluate", checkpoint, *folder])
+        assert "-ELBO" in capsys.readouterr().out
     fixed = tiny_captcha(text_length=4)
     with pytest.raises(ValueError, match="1 to 4 symbols, the model's 4"):
         fit(tmp_path / "other", fixed, CaptchaFolder(out, text_length=4, charset="AB"))
@@ -1512,7 +1514,7 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
         ("--sigma -1", "sigma"),
         ("--likelihood logistic --mixtures 0", "mixtures"),
         ("--flow 2", "flow"),
-        ("--length 3", "its longest texts have 2 symbols"),
+        ("--length 3", "the data's longest texts have 2 symbols"),
         ("--size 0 5", "image_size"),
         ("--charset ''", "charset"),
         ("--workers -1", "workers: expected a whole number"),
