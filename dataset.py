@@ -13,25 +13,27 @@ import copy
 import csv
 import hashlib
 import math
-import operator
 import os
 import random
 import re
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import captcha.image
 import numpy as np
 import torch
 from PIL import Image, ImageFont, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from hvae.cli import make_parser, one_line_errors, path_argument
@@ -57,29 +59,22 @@ UNSAFE = SEPARATORS + '/\\:*?"<>|'  # symbols that a text at the start of a file
 # ---------------------------------------------------------------------------- rendering
 
 
-def random_stream(seed: int, split: str, index: int) -> random.Random:
+class SeededSecrets(random.Random):
+    """A random stream with the names of the module `secrets`, which is itself a random.Random."""
+
+    randbelow, randbits = random.Random.randrange, random.Random.getrandbits
+
+
+def random_stream(seed: int, split: str, index: int) -> SeededSecrets:
     """The random numbers that draw image `index` of a split: others for every triple."""
     digest = hashlib.blake2b(f"{seed}/{split}/{index}".encode(), digest_size=16).digest()
-    return random.Random(int.from_bytes(digest, "big"))
-
-
-class SeededSecrets:
-    """The three functions of the module `secrets` that the renderer calls, on a seeded stream.
-
-    `secrets` itself uses random.SystemRandom, a subclass of random.Random, so the distributions
-    are the same.
-    """
-
-    def __init__(self, stream: random.Random):
-        self.randbelow = stream.randrange  # uniform over 0 .. n-1
-        self.randbits = stream.getrandbits  # uniform over 0 .. 2^k-1
-        self.choice = stream.choice
+    return SeededSecrets(int.from_bytes(digest, "big"))
 
 
 _renderer_lock = threading.Lock()
 
 
-def render(renderer: captcha.image.ImageCaptcha, text: str, stream: random.Random) -> Tensor:
+def render(renderer: captcha.image.ImageCaptcha, text: str, stream: SeededSecrets) -> Tensor:
     """The CAPTCHA of a text, uint8 (3, H, W), with all random choices taken from the stream.
 
     The renderer has no seed, so the name `secrets` in its module is replaced while it draws. The
@@ -87,18 +82,12 @@ def render(renderer: captcha.image.ImageCaptcha, text: str, stream: random.Rando
     """
     with _renderer_lock:
         secrets = captcha.image.secrets
-        captcha.image.secrets = SeededSecrets(stream)
+        captcha.image.secrets = stream
         try:
             image = renderer.generate_image(text)
         finally:
             captcha.image.secrets = secrets
-    return to_tensor(image)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB or grey image as uint8 (C, H, W)."""
-    width, height = image.size
-    return torch.from_numpy(np.array(image)).view(height, width, -1).permute(2, 0, 1).contiguous()
+    return pil_to_tensor(image)
 
 
 @dataclass(eq=False)
@@ -182,22 +171,13 @@ class CaptchaDataset(Dataset):
         return self.size
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        i = check_index(i, self.size)
-        stream = random_stream(self.seed, self.split, i)
+        stream = random_stream(self.seed, self.split, range(self.size)[i])  # or IndexError
         length = self.text_length
         if self.shortest is not None:
             length = stream.randint(self.shortest, length)
         text = "".join(stream.choice(self.charset) for _ in range(length))
         image = render(self.renderer, text, stream)
         return image.float() / 255, encode_text(text, self.charset, self.text_length)
-
-
-def check_index(i: int, size: int) -> int:
-    """The index as an int; IndexError if it is outside 0 .. size-1, which also ends a for loop."""
-    i = operator.index(i)
-    if not 0 <= i < size:
-        raise IndexError(f"index {i} is outside 0..{size - 1}")
-    return i
 
 
 def validate_fonts(fonts: Sequence[str | Path]) -> None:
@@ -225,8 +205,18 @@ def validate_path(name: str, path: str | Path) -> None:
 # ---------------------------------------------------------------------------- images on disk
 
 
+class ImageFile(NamedTuple):
+    """What CaptchaFolder knows of a file."""
+
+    path: Path
+    text: str
+    hash: str  # of its content
+    size: tuple[int, int]  # (H, W)
+    is_grey: bool
+
+
 class CaptchaFolder(Dataset):
-    """The images under a folder, at any depth, in the order of their paths, but for hidden ones.
+    """The images under a folder, at any depth, sorted by path; hidden files are left out.
 
     The text of an image stands in the folder's labels.csv (columns name and text), or else it is
     the file's name up to the first '_', '-', '.' or space: A7KQ.png and A7KQ_0012.jpg both show
@@ -274,28 +264,23 @@ class CaptchaFolder(Dataset):
         validate_choice("channels", channels, (None, 1, 3))
         validate_choice("split", split, (None, *SPLITS))
         self.root, self.text_length, self.split = Path(root), text_length, split
-        self.shortest = shortest
-        self.image_size = tuple(image_size) if image_size else None  # None until the first image
-        self.labels = read_labels(self.root / "labels.csv")
-        self.paths, self.texts, self.skipped, self.hashes = [], [], [], []
-        self.channels = 1
-        for path in tqdm(find_images(self.root), desc="check", unit="image", delay=2):
-            try:
-                self.add(path, resize=image_size is not None)
-            except InputError as error:
-                if not skip_bad:
-                    raise
-                warnings.warn(f"skipped: {error}", stacklevel=2)
-                self.skipped.append(path)
+        self.shortest, self.skip_bad = shortest, skip_bad
+        self.image_size = tuple(image_size) if image_size else None  # None until all are read
+        self.labels = {} if text_length is None else read_labels(self.root / "labels.csv")
+        self.skipped: list[Path] = []
+        files = self.of_one_size(self.read_files())
+        if not files:
+            raise InputError(f"{root}: none of its {len(self.skipped)} images is good")
+        self.paths = [file.path for file in files]
+        self.texts = [file.text for file in files]
+        self.hashes = [file.hash for file in files]
+        self.channels = channels or (1 if all(file.is_grey for file in files) else 3)
         names = {path.relative_to(self.root).as_posix() for path in self.paths + self.skipped}
         if missing := sorted(self.labels.keys() - names):
             warnings.warn(
                 f"{root}/labels.csv: no images for {len(missing)} names, such as {missing[0]}",
                 stacklevel=2,
             )
-        if not self.paths:
-            raise InputError(f"{root}: none of its {len(self.skipped)} images is good")
-        self.channels = channels or self.channels
         self.lengths = None if text_length is None else self.count_lengths()
         self.order = self.indices(split)
         self.description = {
@@ -308,22 +293,38 @@ class CaptchaFolder(Dataset):
             "skip_bad": skip_bad,
         }
 
-    def add(self, path: Path, resize: bool) -> None:
-        """Appends a file, or raises InputError if there is anything wrong with it."""
-        text, image = self.read_text(path), read_image(path)
-        width, height = image.size
-        if self.image_size is None:
-            self.image_size = (height, width)
-        if not resize and (height, width) != self.image_size:
-            raise InputError(
-                f"{path}: is {height}x{width} (height x width), but {self.paths[0].name} is "
-                f"{self.image_size[0]}x{self.image_size[1]}; give an image_size to resize them"
-            )
-        self.paths.append(path)
-        self.texts.append(text)
-        self.hashes.append(hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest())
-        if image.mode != "L":
-            self.channels = 3
+    def read_files(self) -> list[ImageFile]:
+        """The good images of the folder; others raise InputError, or are left out."""
+        files = []
+        for path in tqdm(find_images(self.root), desc="check", unit="image", delay=2):
+            try:
+                text, image = self.read_text(path), read_image(path)
+            except InputError as error:
+                self.leave_out(path, error)
+                continue
+            digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+            files.append(ImageFile(path, text, digest, image.size[::-1], image.mode == "L"))
+        return files
+
+    def of_one_size(self, files: list[ImageFile]) -> list[ImageFile]:
+        """The files of the commonest size, unless all are resized; others raise as above."""
+        if self.image_size is not None or not files:
+            return files
+        ((self.image_size, _),) = Counter(file.size for file in files).most_common(1)
+        for path, _, _, size, _ in files:
+            if size != self.image_size:
+                is_size, usual = ("{}x{}".format(*size) for size in (size, self.image_size))
+                message = f"is {is_size} (height x width), but most images are {usual}"
+                advice = "give an image_size to resize them"
+                self.leave_out(path, InputError(f"{path}: {message}; {advice}"))
+        return [file for file in files if file.size == self.image_size]
+
+    def leave_out(self, path: Path, error: InputError) -> None:
+        """Raises the error, or with skip_bad only warns of it."""
+        if not self.skip_bad:
+            raise error
+        warnings.warn(f"skipped: {error}", stacklevel=4)
+        self.skipped.append(path)
 
     def read_text(self, path: Path) -> str:
         """The text of a file, by labels.csv or its name; '' if the dataset has no texts."""
@@ -387,13 +388,13 @@ class CaptchaFolder(Dataset):
         return len(self.order)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        i = self.order[check_index(i, len(self))]
+        i = self.order[i]
         height, width = self.image_size
         image = read_image(self.paths[i]).convert("L" if self.channels == 1 else "RGB")
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)  # with antialiasing
         label = encode_text(self.texts[i], self.charset, self.text_length)
-        return to_tensor(image).float() / 255, label
+        return pil_to_tensor(image).float() / 255, label
 
 
 def read_labels(path: Path) -> dict[str, str]:
@@ -408,7 +409,7 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def find_images(root: Path) -> list[Path]:
-    """The files under a folder that have an image's extension, sorted, but for hidden ones."""
+    """The files under a folder that have an image's extension, sorted by path, none hidden."""
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder")
     if not root.is_dir():
@@ -523,8 +524,6 @@ def make_loader(
     shuffle: bool = True,
     workers: int | None = None,
     seed: int = 0,
-    drop_last: bool = False,
-    pin_memory: bool | None = None,
 ) -> DataLoader:
     """Batches (images (B, 3, H, W), labels (B, T)); every epoch has each index once, shuffled anew.
 
@@ -532,22 +531,11 @@ def make_loader(
         workers: processes that load. None takes up to two and leaves a core to the caller; for
             fewer than 1000 images, which load sooner than a process starts, it takes none.
         seed: of the orders. Loaders with the same seed give the same epochs, with any workers.
-        pin_memory: None pins if there is a CUDA device.
     """
     if workers is None:
         workers = min(2, (os.cpu_count() or 1) - 1) if len(dataset) >= 1000 else 0
-    # The order has its own generator, because the workers draw their seeds from the loader's.
-    order = torch.Generator().manual_seed(seed)
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=RandomSampler(dataset, generator=order) if shuffle else None,
-        num_workers=workers,
-        drop_last=drop_last,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, batch_size, shuffle, num_workers=workers, generator=generator)
 
 
 # ---------------------------------------------------------------------------- command line

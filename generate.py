@@ -301,7 +301,7 @@ def plot_prior_vs_aggregate(
 def fit_aggregate(
     model: HVAE, dataset: Dataset, n: int, limit: int = 512, seed: int = 0
 ) -> DiagonalGaussian:
-    """A Gaussian fitted to z_L ~ q(z_L|x) over the first images, n times (n, ...).
+    """A Gaussian fitted to z_L ~ q(z_L|x) of the first `limit` images, repeated for n samples.
 
     (Tomczak & Welling 2018, section 2.)
     """
@@ -329,11 +329,10 @@ def plot_plane(model: HVAE, dataset: Dataset, path: str | Path | None = None) ->
     check_plane(model)
     means, labels = [], []
     for first in range(0, len(dataset), 500):
-        items = [dataset[i] for i in range(first, min(first + 500, len(dataset)))]
-        x = torch.stack([image for image, _ in items]).to(model.device)
-        x = binarised(x, seeded(0)) if model.binarised else x
+        part = Subset(dataset, range(first, min(first + 500, len(dataset))))
+        x, _, _ = first_images(model, part, 500)
         means.append(model.infer(x)[1][0].q.mu.cpu())
-        labels += [int(label[0]) if len(label) else 0 for _, label in items]
+        labels += [int(label[0]) if len(label) else 0 for _, label in part]
     z = torch.cat(means)
     figure = Figure(figsize=(6, 5), layout="constrained")
     axis = figure.subplots()
@@ -390,15 +389,15 @@ def first_images(model: HVAE, dataset: Dataset, n: int) -> tuple[Tensor, Tensor 
     items = [dataset[i] for i in range(min(n, len(dataset)))]
     if not items:
         raise InputError("the data set is empty")
-    x = torch.stack([image for image, _ in items]).to(model.device)
-    x = binarised(x, seeded(0)) if model.binarised else x
+    x = torch.stack([image for image, _ in items])
+    x = (binarised(x, seeded(0)) if model.binarised else x).to(model.device)
     if model.text_length is None:
         return x, None, []
     y = torch.stack([label for _, label in items])
     return x, y.to(model.device), [decode_text(row, model.charset) for row in y]
 
 
-def test_images(
+def held_out_images(
     model: HVAE,
     data: str | None = None,
     root: str | Path = "data",
@@ -463,9 +462,6 @@ def folder_images(
     limit = len(images) if limit is None else limit
     is_copy = images.description["content"] == origin.get("content")
     return images.other_split("test", limit) if is_path or is_copy else images.first(limit)
-
-
-test_images.__test__ = False  # not a test, whatever pytest thinks of its name
 
 
 def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
@@ -539,7 +535,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = HVAE.load(args.checkpoint or CHECKPOINTS[args.data], pick_device(args.device))
         request = (args.n, args.text, args.temperature, args.seed)
         if args.figures:
-            originals = test_images(model, root=args.root, folder=args.folder)
+            originals = held_out_images(model, root=args.root, folder=args.folder)
             save_figures(model, Path(args.figures), originals)
             print(f"pictures in {args.figures}")
         elif args.individual:

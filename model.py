@@ -42,14 +42,14 @@ from hvae.distributions import (
 from hvae.parallel import has_bf16, pick_device
 from hvae.prior import WindowNetwork, WindowPrior
 from hvae.text import DIGITS, UPPERCASE, encode_text, match_case, possible_lengths, span
-from hvae.validate import InputError, is_int, validate_number
+from hvae.validate import InputError, validate_int, validate_number
 
 # The shipped checkpoint: a vector for global properties, a 4x10 map for the layout, three
 # 8x20 maps for the strokes. Its latents have 64, 8 and three times 4 channels: latent_width().
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
 
-# Arguments of HVAE by name. Files older than the two windows' arguments have none.
+# Arguments of HVAE by name. Files written before these two existed mean None.
 WITHOUT_WINDOWS = {"context": None, "prior_context": None}
 BINARY_DIGITS = dict(
     WITHOUT_WINDOWS,
@@ -203,9 +203,7 @@ class TextInput(nn.Module):
         self.bias = nn.Parameter(bias[:, None].repeat(1, size[0], 1))  # (T+1, H, W)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        blank = y == self.embedding.num_embeddings
-        symbols = self.embedding(y.masked_fill(blank, 0))  # (B, T, c)
-        symbols = symbols.masked_fill(blank[..., None], 0)
+        symbols = F.embedding(y, F.pad(self.embedding.weight, (0, 0, 0, 1)))  # (B, T, c)
         if not self.size:
             return h + self.flat(symbols.flatten(1))
         share = (self.which(h) + self.bias).softmax(dim=1)[:, :-1]  # (B, T, H, W)
@@ -305,7 +303,7 @@ class HVAE(nn.Module):
             c_out = down[l][0].c_in if down[l] else widths[l]
             shape = (c_z[l], *sizes[l])
             self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down))
-            has_earlier = len(sizes[l]) and pixels(sizes[l]) > 1  # positions of the map
+            has_earlier = pixels(sizes[l]) > 1  # positions of the map
             if window and has_earlier and (self.top_down or not top):
                 self.levels[l].window = WindowNetwork(c_z[l], c_h, window)
         flow = flow_couplings(self.config["flow"], c_z[-1], sizes[-1], self.top_down and L > 1)
@@ -570,8 +568,7 @@ class HVAE(nn.Module):
 
         Texts of several lengths are filled up with blanks, and lengths are drawn, too.
         """
-        if not is_int(n, 0):
-            raise InputError(f"n must be a whole number >= 0, got {n!r}")
+        validate_int("n", n, 0)
         if self.text_length is None:
             if text is not None:
                 raise InputError("this model is unconditional (text_length=None): it has no text")

@@ -8,10 +8,10 @@ Captchas need each of these for samples that follow their text; short runs and d
 
     beta starts above 1. While information is expensive, the model looks for the cheapest
         description of an image, and the text costs nothing.
-    closed levels: in half of every batch the lowest levels do not see x, but take the mean of their
-        prior's base. The glyphs of these images can only come from the top latents and the text.
-        In the first third of the steps before the last phase, half of these images have every level
-        closed but the top.
+    closed levels: for half of every batch the lowest levels do not see x; their z is the mean of
+        the prior's Gaussian. The glyphs of these images can only come from the top latents and the
+        text. In the first third of the steps before the last phase, half of these images have only
+        the top level open.
     free_nats: KL of a level that costs nothing, so that the upper levels are used.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from dataset import MNIST, CaptchaDataset, CaptchaFolder
-from generate import sample_sheet, save_figures, test_images
+from generate import held_out_images, sample_sheet, save_figures
 from hvae import parallel
 from hvae.adapt import adapted
 from hvae.arguments import plain
@@ -126,8 +126,8 @@ class Hyperparameters:
     )
     pixel_rise: float | None = option(
         None,
-        "share of the run in which the pixel weight rises to 1, or 0: it stays; default: 0, for "
-        "binary pixels 0.6",
+        "share of the run over which the pixel weight rises to 1; 0 keeps it constant; default: 0, "
+        "for binary pixels 0.6",
         0,
         1.000001,
     )
@@ -306,9 +306,7 @@ def train(
     dataset = CaptchaDataset(1_000_000) if dataset is None else dataset
     model = model_for(dataset) if model is None else model
     hp.fit_to(model)
-    train_set, val_set = dataset, val_dataset
-    if val_dataset is None:
-        train_set, val_set = hold_out(dataset, hp.seed)
+    train_set, val_set = hold_out(dataset, hp.seed, val_dataset)
     validate_sets(model, hp, train_set, val_set)
     description = description_of(dataset)
 
@@ -406,17 +404,13 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     run.step += 1
     if run.clip(model):
         for optimizer in run.optimizers:
-            take_step(optimizer, lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
         run.average.update_parameters(model)
     else:  # a broken image must not stay in the statistics of batch normalisation either
         copy_buffers(run.average.module, model)
     return batch_means(terms, closed)
-
-
-def take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
 
 
 def objective(
@@ -469,7 +463,7 @@ def batch_means(terms: ELBOTerms, closed: Tensor) -> dict[str, float]:
 
 
 def shifted(x: Tensor, most: int) -> Tensor:
-    """Each image moved by up to so many pixels either way; what comes in repeats the border."""
+    """Each image moved by up to so many pixels either way; new pixels repeat the border."""
     n, c, h, w = x.shape
     move = lambda: torch.randint(-most, most + 1, (n, 1), device=x.device)
     rows = (torch.arange(h, device=x.device) + move()).clamp(0, h - 1)
@@ -482,7 +476,7 @@ def shifted(x: Tensor, most: int) -> Tensor:
 def warped(x: Tensor, most: float) -> Tensor:
     """Each 8-bit image bent smoothly: its points move by up to so many pixels.
 
-    Points half a height apart move at random, and those between them follow. What comes in repeats
+    Points half a height apart move at random, and those between them follow. New pixels repeat
     the border. (Elastic deformation, Simard et al. 2003.)
     """
     n, _, h, w = x.shape
@@ -604,7 +598,7 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Fig
     """Draws the loss and the KL of every level against images seen, into a file if given."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    columns = history[0].keys() if history else []
+    columns = dict.fromkeys(name for row in history for name in row)
 
     def curve(axis, rows: Sequence[dict], key: str, *style, **more) -> None:
         seen = [row["images"] / 1000 for row in rows]
@@ -629,13 +623,17 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Fig
 # ---------------------------------------------------------------------------- data and checks
 
 
-def hold_out(dataset: Dataset, seed: int, limit: int = 512) -> tuple[Dataset, Dataset]:
+def hold_out(
+    dataset: Dataset, seed: int, val_set: Dataset | None = None, limit: int = 512
+) -> tuple[Dataset, Dataset]:
     """(training set, validation set): the data's own splits, or a tenth set aside."""
     if hasattr(dataset, "other_split"):
-        if dataset.split not in (None, "train"):
+        if val_set is None and dataset.split not in (None, "train"):
             raise InputError(f"the data are the split {dataset.split!r}: train on 'train'")
         train_set = dataset if dataset.split else dataset.other_split("train", len(dataset))
-        return train_set, dataset.other_split("val", limit)
+        return train_set, dataset.other_split("val", limit) if val_set is None else val_set
+    if val_set is not None:
+        return dataset, val_set
     n = min(limit, max(1, len(dataset) // 10))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(dataset, sorted(order[n:])), Subset(dataset, sorted(order[:n]))
@@ -767,7 +765,7 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--shortest", type=int, help="symbols in the shortest text; default: --length for renders")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
     add("--fonts", nargs="+", type=path_argument, metavar="FILE", help="TrueType files to render")
-    add("--images", type=int, help="how many to render, a million, or to evaluate")
+    add("--images", type=int, help="images to render (default: a million), or to evaluate on")
     add("--workers", type=int, default=1, help="processes that load or render")
     add = parser.add_argument_group("model").add_argument
     add("--config", choices=tuple(CONFIGS), default=config, help="architecture and training")
@@ -943,7 +941,7 @@ def begin_with(dataset: Dataset, args: argparse.Namespace) -> HVAE:
 def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:
     """What --evaluate measures on: the images named, or held-out ones of the model's own data."""
     images = (args.data, args.root, args.images, args.fonts, args.folder, args.skip_bad)
-    return test_images(model, *images)
+    return held_out_images(model, *images)
 
 
 def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) -> None:

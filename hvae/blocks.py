@@ -128,7 +128,9 @@ class Planner:
             layer = self.skip(layer, arg, where)
         if pixels(layer.size_out) > MAX_PIXELS:
             raise InputError(f"{where}: its map would have more than {MAX_PIXELS:,} pixels")
-        if number_of_weights(layer) > MAX_WEIGHTS:
+        inputs = 9 * max(layer.c_in + layer.c_skip, layer.c_out)  # of 3x3 convolutions
+        inputs = layer.c_in * pixels(layer.size_in) if kind == "dense" else inputs
+        if inputs * layer.c_out > MAX_WEIGHTS:
             raise InputError(f"{where}: would have more than {MAX_WEIGHTS:,} weights")
         self.layers.append(layer)
         self.channels, self.size = layer.c_out, layer.size_out
@@ -198,17 +200,6 @@ def mirror(layers: Sequence[Layer]) -> list[Layer]:
         )
         for layer in reversed(layers)
     ]
-
-
-def number_of_weights(layer: Layer) -> int:
-    """Of the largest tensor that the layer has."""
-    if layer.kind in ("conv", "convt"):
-        return 9 * layer.c_in * layer.c_out
-    if layer.kind == "res":
-        return 9 * max(layer.c_in, layer.c_out) * layer.c_out
-    if layer.kind == "dense":
-        return layer.c_in * pixels(layer.size_in) * layer.c_out
-    return (layer.c_in + layer.c_skip) * layer.c_out
 
 
 def pixels(size: Size) -> int:

@@ -8,9 +8,9 @@ mixtures of discretised logistics (PixelCNN++, Salimans et al. 2017), each given
 before it; binary pixels are Bernoulli.
 
 An image has few colours, and a window inside a stroke may miss some. So windows of 8-bit images
-have two more values: the image's first pixel, which is often the paper, and the contrast: the
-value farthest from it among all those above, no further right than the window. The first
-pixel has no window: each of its 256 levels has a probability of its own.
+have two more values: the image's first pixel, which is often the paper, and the contrast: of all
+pixels above, up to the window's right edge, the value farthest from the first pixel. The first
+pixel itself has no window: each of its 256 levels has a probability of its own.
 
 The pixels of a window are gathered into one row for each pixel, and linear layers do the rest:
 a masked convolution and 1x1 convolutions, of chosen pixels only. The same code scores all pixels
@@ -69,17 +69,11 @@ class ContextNetwork(nn.Module):
         likelihood: 'logistic' for 8-bit images, 'bernoulli' for binary ones.
     """
 
-    features = 32
+    features, width = 32, 64
 
-    def __init__(
-        self,
-        channels: int,
-        context: tuple[int, int],
-        mixtures: int,
-        likelihood: str,
-        width: int = 64,
-    ):
+    def __init__(self, channels: int, context: tuple[int, int], mixtures: int, likelihood: str):
         super().__init__()
+        width = self.width
         self.rows, self.columns = context
         self.channels, self.mixtures = channels, mixtures
         self.binary = likelihood == "bernoulli"

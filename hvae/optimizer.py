@@ -20,14 +20,8 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon has no convolutions.
     """
 
-    def __init__(
-        self,
-        weights: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
-    ):
-        super().__init__(weights, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, weights: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.01):
+        super().__init__(weights, dict(lr=lr, momentum=0.95, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self) -> None:

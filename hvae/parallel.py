@@ -170,7 +170,7 @@ class DeferredSignals:
     def note(self, number: int, frame) -> None:
         self.received = number
         for deferred in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(deferred, self.handlers.pop(deferred))
+            signal.signal(deferred, self.handlers.pop(deferred) or signal.SIG_DFL)
 
     def ignore_dead_workers(self) -> None:
         """To be called once a DataLoader has started its workers and set its handler."""

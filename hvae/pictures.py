@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 from hvae.checkpoint import atomic_write
 from hvae.validate import InputError
@@ -22,10 +22,9 @@ def write_image(image: Tensor, path: str | Path, **grid) -> None:
     """
     content, kind = BytesIO(), picture_format(path)
     try:
-        if image.dim() == 3 and image.shape[0] == 1 and not grid:  # save_image makes RGB of grey
-            to_pil_image(image.float().clamp(0, 1)).save(content, kind)
-        else:
-            save_image(image, content, format=kind, **grid)
+        image = image if image.dim() == 3 and not grid else make_grid(image, **grid)
+        levels = (255 * image.float()).round().clamp(0, 255).byte()
+        to_pil_image(levels.cpu()).save(content, kind)
     except (ValueError, OverflowError) as error:  # such as a GIF of more than 65,535 rows
         raise InputError(f"{path}: {error}") from error
     write_bytes(path, content)

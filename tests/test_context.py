@@ -16,10 +16,14 @@ from trainer import Hyperparameters, objective, train
 KINDS = [("logistic", 3), ("logistic", 1), ("bernoulli", 1), ("bernoulli", 2)]
 
 
+class NarrowNetwork(ContextNetwork):
+    width = 16
+
+
 def network(likelihood="logistic", channels=3, context=(2, 2), trained=False):
     """A seeded network in float64; `trained` gives it weights far from their start."""
     torch.manual_seed(0)
-    net = ContextNetwork(channels, context, 3, likelihood, width=16).double()
+    net = NarrowNetwork(channels, context, 3, likelihood).double()
     if trained:
         for parameter in net.parameters():
             torch.nn.init.normal_(parameter, std=0.7)

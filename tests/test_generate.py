@@ -13,11 +13,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import generate
-from dataset import CaptchaFolder, to_tensor
+from dataset import CaptchaFolder
 from generate import (
     fit_aggregate,
     plot_interpolation,
@@ -32,6 +33,7 @@ from generate import (
 )
 from hvae.checkpoint import read_tensors
 from hvae.distributions import DiagonalGaussian
+from hvae.pictures import write_image
 from hvae.validate import InputError
 from model import HVAE, WITHOUT_WINDOWS
 
@@ -117,7 +119,7 @@ def batch_of(model, items):
 def read_image(path):
     """A file's image as RGB, uint8 (3, H, W)."""
     with Image.open(path) as image:
-        return to_tensor(image.convert("RGB"))
+        return pil_to_tensor(image.convert("RGB"))
 
 
 def run(checkpoint, *arguments):
@@ -495,7 +497,7 @@ def test_interruption_is_one_line(conditional, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hvae.pictures.save_image", interrupt)
+    monkeypatch.setattr("hvae.pictures.to_pil_image", interrupt)
     with pytest.raises(SystemExit) as stop:
         run(conditional, "--n", 1)
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
@@ -864,3 +866,10 @@ def test_shipped_samples_vary_and_follow_the_text(shipped):
     assert a.shape == (16, 3, 60, 160)
     assert a.std(0).mean() > 0.02 and b.std(0).mean() > 0.02
     assert (a.mean(0) - b.mean(0)).abs().mean() > 0.005  # same seed, same noise: the text alone
+
+
+def test_single_grey_images_are_rounded(tmp_path):
+    """As those on sheets: 0.999 is white."""
+    write_image(torch.full((1, 4, 4), 0.999), tmp_path / "grey.png")
+    image = Image.open(tmp_path / "grey.png")
+    assert image.mode == "L" and image.getextrema() == (255, 255)

@@ -10,8 +10,7 @@ from torch.utils.data import TensorDataset
 import generate
 import trainer
 from dataset import MNIST
-from generate import plot_manifold, plot_plane
-from generate import test_images as held_out_images
+from generate import held_out_images, plot_manifold, plot_plane
 from hvae.checkpoint import read_csv
 from hvae.distributions import binarised
 from hvae.evaluation import evaluate, importance_bounds

@@ -29,7 +29,7 @@ from torchvision.utils import save_image
 import generate
 import trainer
 from dataset import CaptchaDataset, CaptchaFolder
-from generate import test_images
+from generate import held_out_images
 from hvae.checkpoint import read_csv, read_tensors, write_csv
 from hvae.run import GradientClipper, ema_with_warmup
 from model import CONFIGS, HVAE, WITHOUT_WINDOWS
@@ -1070,6 +1070,18 @@ def test_hold_out_of_captchas_is_another_split():
     assert not torch.equal(data[0][0], val_set[0][0])
 
 
+def test_a_folder_keeps_its_test_images_though_a_validation_set_is_given(tmp_path):
+    data = CaptchaFolder(image_folder(tmp_path / "f", ["AB"] * 30), text_length=2, charset="AB")
+    other = captchas()
+    train_set, val_set = hold_out(data, 0, other)
+    assert val_set is other
+    assert set(train_set.order) == set(data.order) - set(data.indices("test")) - set(
+        data.indices("val")
+    )
+    plain = bars()
+    assert hold_out(plain, 0, other) == (plain, other)
+
+
 # ---------------------------------------------------------------------------- evaluate
 
 
@@ -1188,6 +1200,9 @@ def test_plot_history(held_out, tmp_path):
     assert list(curves["training"].get_ydata()) == [row["neg_elbo"] for row in history]
     assert list(curves["held out"].get_xdata()) == ([0.96] if held_out else [])
     assert {"z_1", "z_2"} <= set(curves)
+    skipped = {"step": 1, "images": 4, "skipped": 1}  # a first row in which no step was taken
+    axes = plot_history([skipped, *history]).axes
+    assert [len(axis.lines) for axis in axes] == [len(axis.lines) for axis in figure.axes]
 
 
 @pytest.mark.parametrize("held_out", [True, False])
@@ -1376,16 +1391,16 @@ def test_a_checkpoint_is_measured_on_the_folder_that_it_was_trained_on(small, tm
     printed = capsys.readouterr().out
     assert f"{len(held_out)} images" in printed
     assert f"{-evaluate(model, held_out)['elbo']:,.2f}" in printed
-    assert test_images(model).order == held_out.order
+    assert held_out_images(model).order == held_out.order
     shutil.copytree(small[1], tmp_path / "copy")
-    assert len(test_images(model, folder=tmp_path / "copy")) == len(held_out)
+    assert len(held_out_images(model, folder=tmp_path / "copy")) == len(held_out)
     other = image_folder(tmp_path / "other", ["AB"] * 3)
-    assert len(test_images(model, folder=other)) == 3
+    assert len(held_out_images(model, folder=other)) == 3
     Path(small[1]).rename(tmp_path / "moved")
     assert "is gone; name a --folder" in last_line(["--evaluate", checkpoint], capsys)
     model.provenance = {"data": "MyDataset"}
     with pytest.raises(ValueError, match="data of your own"):
-        test_images(model)
+        held_out_images(model)
 
 
 def test_texts_of_several_lengths(small, tmp_path, capsys):

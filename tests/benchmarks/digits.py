@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import MNIST
-from generate import test_images
+from generate import held_out_images
 from hvae.cli import make_parser
 from hvae.context import ContextNetwork
 from hvae.distributions import binarised
@@ -83,7 +83,7 @@ def main() -> None:
     add("--root", default="data", help="of MNIST's files")
     args = parser.parse_args()
     data = MNIST("train", args.root)
-    test_set = test_images(HVAE(**ALL), "mnist", args.root, limit=1000)
+    test_set = held_out_images(HVAE(**ALL), "mnist", args.root, limit=1000)
     print("| model | parameters | -ELBO | k = 10 | reconstruction | KL of z_L ... z_1 | minutes |")
     print("|---|---|---|---|---|---|---|")
     for name, (change, more) in CHANGES.items():

@@ -18,7 +18,7 @@ from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from generate import test_images
+from generate import held_out_images
 from hvae.cli import make_parser, one_line_errors, path_argument
 from hvae.distributions import DiagonalGaussian, binarised
 from hvae.evaluation import evaluate
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if Path(args.out).exists():
             raise InputError(f"{args.out} is there already; choose another")
         model = HVAE.load(args.checkpoint, pick_device())
-        data = test_images(model)
+        data = held_out_images(model)
         fit_prior(model, data.other_split("train", args.images), steps=args.steps)
         metrics = evaluate(model, data.other_split("val", 512))
         model.provenance["held_out"] = metrics

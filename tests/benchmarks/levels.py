@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from reader import load_reader
 
-from generate import CHECKPOINTS, first_images, test_images
+from generate import CHECKPOINTS, first_images, held_out_images
 from hvae.cli import make_parser
 from model import HVAE
 
@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     model, generator = HVAE.load(args.checkpoint), torch.Generator().manual_seed(0)
     reader = load_reader(Path(args.reader), model).cpu()
-    x, y, _ = first_images(model, test_images(model, limit=args.n), args.n)
+    x, y, _ = first_images(model, held_out_images(model, limit=args.n), args.n)
 
     def report(name: str, *kinds: torch.Tensor) -> None:
         print(f"{name:32s}", end="")

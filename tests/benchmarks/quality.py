@@ -46,7 +46,7 @@ from reader import (
 from tqdm import tqdm
 
 from dataset import decode_text, random_stream, render
-from generate import CHECKPOINTS, test_images
+from generate import CHECKPOINTS, held_out_images
 from hvae.parallel import keep_memory, pick_device
 from model import HVAE
 from trainer import evaluate
@@ -254,7 +254,7 @@ def main() -> None:
     for path, model in models.items():
         draw = samples_of(model, args.temperature)
         columns[path] = truth(draw, reader, model, args.n, reference)
-        metrics = evaluate(model, test_images(model))
+        metrics = evaluate(model, held_out_images(model))
         columns[path]["-ELBO, nats"] = -metrics["elbo"]
         if metrics["bits_per_dim"] is not None:
             columns[path]["bits/dim"] = metrics["bits_per_dim"]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import CaptchaDataset, make_loader
-from generate import test_images
+from generate import held_out_images
 from hvae.parallel import has_bf16
 from hvae.validate import InputError
 from model import HVAE
@@ -112,7 +112,7 @@ def renders_like(model: HVAE, n: int) -> CaptchaDataset:
     if model.input_shape[0] != 3 or model.text_length is None:
         raise InputError("the measures are for models of rendered captchas, in colour, with texts")
     fonts = origin.get("fonts") if isinstance(origin, dict) else None
-    return test_images(model, "captcha", limit=n, fonts=fonts)
+    return held_out_images(model, "captcha", limit=n, fonts=fonts)
 
 
 def load_reader(path: Path, model: HVAE, steps: int = 2500) -> Reader:
