@@ -237,6 +237,11 @@ def test_plane_shows_the_means(binary, digits):
     assert points.get_array().tolist() == [label.item() for _, label in test_set]
 
 
+def test_plane_of_no_images():
+    with pytest.raises(ValueError, match="empty"):
+        plot_plane(flat_vae(), [])
+
+
 def test_manifold_is_the_grid_of_quantiles():
     model = flat_vae()
     torch.nn.init.normal_(model.levels[0].from_z.weight, std=3.0)
