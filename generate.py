@@ -329,7 +329,7 @@ def plot_plane(model: HVAE, dataset: Dataset, path: str | Path | None = None) ->
     check_plane(model)
     means, labels = [], []
     for first in range(0, max(1, len(dataset)), 500):
-        part = Subset(dataset, range(first, min(first + 500, len(dataset))))
+        part = [dataset[i] for i in range(first, min(first + 500, len(dataset)))]
         x, _, _ = first_images(model, part, 500)
         means.append(model.infer(x)[1][0].q.mu.cpu())
         labels += [int(label[0]) if len(label) else 0 for _, label in part]

@@ -147,9 +147,7 @@ def has_state(folder: Path) -> bool:
     return (folder / "state.pt").exists()
 
 
-def flatten_optimizer(
-    optimizer: torch.optim.Optimizer,
-) -> tuple[dict[str, Tensor], list]:
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list]:
     """An optimizer's state as tensors by name, and its parameter groups as plain values."""
     state, kind = optimizer.state_dict(), type(optimizer).__name__
     tensors = {
