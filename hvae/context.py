@@ -12,10 +12,12 @@ have two more values: the image's first pixel, which is often the paper, and the
 pixels above, up to the window's right edge, the value farthest from the first pixel. The first
 pixel itself has no window: each of its 256 levels has a probability of its own.
 
-The pixels of a window are gathered into one row for each pixel, and linear layers do the rest:
-a masked convolution and 1x1 convolutions, of chosen pixels only. The same code scores all pixels
-of an image, or a random part of them (training), or draws those on a slanted front (sampling).
-Nothing can depend on a later pixel, because none is ever looked up.
+The windows of N chosen pixels are gathered, and linear layers do the rest: a masked convolution
+and 1x1 convolutions, of these pixels only. The same code scores all pixels of an image, or a random
+part of them (training), or draws those on a slanted front (sampling). Nothing can depend on a later
+pixel, because none is ever looked up.
+
+Most tensors have the pixels last, (..., N): arithmetic on many short rows is slow.
 """
 
 import math
@@ -36,23 +38,23 @@ CORRUPT = 0.005  # share of the window's values that are replaced at random in t
 
 
 class LogisticMixture(NamedTuple):
-    """Mixtures of K logistics, discretised to levels 0 ... 255: (N, K) each."""
+    """N mixtures of K logistics, discretised to levels 0 ... 255: (K, N) each."""
 
     logit: Tensor  # of the components' weights
     mean: Tensor
     log_scale: Tensor
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """(N,) nats, of levels (N, 1)."""
+        """(N,) nats, of levels (N,)."""
         log_p = log_discretised_logistic(value, value - self.mean, self.log_scale)
-        return torch.logsumexp(self.logit + log_p, 1) - torch.logsumexp(self.logit, 1)
+        return torch.logsumexp(self.logit + log_p, 0) - torch.logsumexp(self.logit, 0)
 
     def draw(self, noise: Tensor) -> Tensor:
-        """Levels (N, 1) from uniform noise (N, 2): one number picks the component."""
-        cumulative = (self.logit - self.logit.amax(1, keepdim=True)).exp().cumsum(1)
-        k = (cumulative[:, :-1] < noise[:, :1] * cumulative[:, -1:]).sum(1, keepdim=True)
-        logistic = torch.logit(noise[:, 1:])
-        value = self.mean.gather(1, k) + self.log_scale.gather(1, k).exp() * logistic
+        """Levels (N,) from uniform noise (2, N): one number picks the component."""
+        cumulative = (self.logit - self.logit.amax(0)).exp().cumsum(0)
+        k = (cumulative[:-1] < noise[0] * cumulative[-1]).sum(0, keepdim=True)
+        mean, log_scale = self.mean.gather(0, k)[0], self.log_scale.gather(0, k)[0]
+        value = mean + log_scale.exp() * torch.logit(noise[1])
         return value.round().clamp(0, 255)
 
 
@@ -123,19 +125,19 @@ class ContextNetwork(nn.Module):
     def score_or_draw(
         self, window: Tensor, f: Tensor, x: Tensor | None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Scores pixels x (N, C): returns x and log p (N, C). Draws x if it is None.
+        """Scores pixels x (C, N): returns x and log p (C, N). Draws x if it is None.
 
         Args:
-            window: (N, taps, C), see Pixels.window(). It and x are levels: 0 ... 255, or 0 and 1.
+            window: (taps, C, N), see Pixels.window(). It and x are levels: 0 ... 255, or 0 and 1.
             f: (N, features), what z says.
-            noise: (N, C, 2), uniform in (0, 1).
+            noise: (C, 2, N), uniform in (0, 1).
         """
         h = self.trunk(window, f)
         if not self.binary:
             return self.logistics(h, window, f, x, noise)
-        logit = self.out(h).to(window) + f[:, : self.channels].to(window)
+        logit = (self.out(h).to(window) + f[:, : self.channels].to(window)).T
         if x is None:
-            return (noise[..., 0] < logit.sigmoid()).to(window), None
+            return (noise[:, 0] < logit.sigmoid()).to(window), None
         return x, -F.binary_cross_entropy_with_logits(logit, x, reduction="none")
 
     def first_pixel(self, f: Tensor) -> Tensor:
@@ -144,12 +146,12 @@ class ContextNetwork(nn.Module):
 
     def trunk(self, window: Tensor, f: Tensor) -> Tensor:
         """What the window and z say, (N, width)."""
-        left = window[:, -1:]
+        left = window[-1:]
         if self.binary:
-            seen = torch.cat([window, torch.zeros_like(left)], 1)
+            seen = torch.cat([window, torch.zeros_like(left)])
         else:
-            seen = torch.cat([root(window - left), left / 64 - 3], 1)
-        h = F.silu(self.from_window(seen.flatten(1)) + self.from_z(f))
+            seen = torch.cat([root(window - left), left / 64 - 3])
+        h = F.silu(self.from_window(seen.flatten(0, 1).T) + self.from_z(f))
         for layer in self.hidden:
             h = h + F.silu(layer(h))
         return h
@@ -162,11 +164,8 @@ class ContextNetwork(nn.Module):
         A mean moves with each earlier channel's residual by a slope. Slopes are ridge regressions
         over the window's pixels, shrunk towards a prediction from h.
         """
-        bases = self.bases(window, f)  # (N, C, BASES)
-        differences = window - window[:, -1:]
-        with torch.autocast(window.device.type, enabled=False):  # squares need all their digits
-            products = torch.bmm(differences.transpose(1, 2), differences)  # (N, C, C)
-        products = [list(row) for row in products.permute(1, 2, 0)]
+        bases = self.bases(window, f)  # (BASES, C, N)
+        products = channel_products(window - window[-1])
         values, log_p, residuals = [], [], []
         for c in range(self.channels):
             base, hidden = bases[:, c], h
@@ -174,31 +173,31 @@ class ContextNetwork(nn.Module):
                 expected = self.slopes[c - 1](h).to(window)
                 slopes = ridge_slopes(products, c, expected, self.log_ridge.exp())
                 for slope, residual in zip(slopes, residuals, strict=True):
-                    base = base + slope[:, None] * residual
-                earlier = torch.cat([*map(root, residuals), torch.stack(slopes, 1)], 1)
+                    base = base + slope * residual
+                earlier = torch.cat([*map(root, residuals), torch.stack(slopes)]).T
                 hidden = h + F.silu(self.from_h[c - 1](h) + self.from_earlier[c - 1](earlier))
             mixture = self.mixture(c, hidden, base)
             if x is None:
-                value = mixture.draw(noise[:, c])
+                value = mixture.draw(noise[c])
             else:
-                value = x[:, c, None]
+                value = x[c]
                 log_p.append(mixture.log_prob(value))
             values.append(value)
-            residuals.append(value - base)  # (N, BASES)
-        return torch.cat(values, 1), torch.stack(log_p, 1) if log_p else None
+            residuals.append(value - base)  # (BASES, N)
+        return torch.stack(values), torch.stack(log_p) if log_p else None
 
     def bases(self, window: Tensor, f: Tensor) -> Tensor:
-        """The levels that means start from, (N, C, BASES)."""
+        """The levels that means start from, (BASES, C, N)."""
         up = -2 * self.columns - 1
-        left, above, corner = window[:, -1], window[:, up], window[:, up - 1]
+        left, above, corner = window[-1], window[up], window[up - 1]
         gradient = (left + above - corner).clamp(0, 255)
-        guess = 127.5 * (f[:, : self.channels].to(window) + 1)
-        first, contrast = window[:, 0], window[:, 1]
-        return torch.stack([left, above, gradient, guess, first, contrast], 2)
+        guess = 127.5 * (f[:, : self.channels].to(window).T + 1)
+        first, contrast = window[0], window[1]
+        return torch.stack([left, above, gradient, guess, first, contrast])
 
     def mixture(self, c: int, hidden: Tensor, base: Tensor) -> LogisticMixture:
-        logit, shift, log_scale = self.out[c](hidden).to(base).chunk(3, 1)
-        base = base.repeat(1, -(-self.mixtures // BASES))[:, : self.mixtures]
+        logit, shift, log_scale = self.out[c](hidden).T.to(base).contiguous().chunk(3)
+        base = base.repeat(-(-self.mixtures // BASES), 1)[: self.mixtures]
         mean = base + shift * (1 + shift.abs())
         return LogisticMixture(logit, mean, log_scale.clamp(-3.5, 5))
 
@@ -266,7 +265,7 @@ class Pixels:
         """log p (N, C) of the pixels i, which count through (B, H, W), given windows of `seen`."""
         x = canvases[0].index_select(0, self.places(i))
         window, f = self.window(*seen, i), self.f.index_select(0, i).to(x)
-        log_p = self.network.score_or_draw(window, f, x)[1]
+        log_p = self.network.score_or_draw(window, f, x.T)[1].T
         if self.network.binary:
             return log_p
         first = (i % math.prod(self.size) == 0).nonzero()[:, 0]
@@ -297,7 +296,7 @@ class Pixels:
         return (row + (image + 1) * self.network.rows) * self.pitch + i % w + self.network.columns
 
     def window(self, canvas: Tensor, low: Tensor, high: Tensor, i: Tensor) -> Tensor:
-        """The windows of the pixels i, (N, taps, C): [first, contrast], the rest in reading order.
+        """The windows of the pixels i, (taps, C, N): [first, contrast], the rest in reading order.
 
         In every row above, and in its own, a window is a run of pixels; the last run is cut before
         the pixel itself. `low` and `high` are canvases of the extremes above and to the left.
@@ -306,8 +305,9 @@ class Pixels:
         rows, columns, c = net.rows, net.columns, net.channels
         runs = canvas.flatten().unfold(0, (2 * columns + 1) * c, c)  # a view: a run at each place
         above = torch.arange(-rows, 1, device=i.device) * self.pitch
-        window = runs[places[:, None] + above - columns].view(len(i), -1, c)
-        window = window[:, : rows * (2 * columns + 1) + columns]
+        window = runs.index_select(0, (above[:, None] + places - columns).flatten())
+        window = window.view(rows + 1, len(i), -1, c).permute(0, 2, 3, 1).flatten(0, 1)
+        window = window[: rows * (2 * columns + 1) + columns]
         if net.binary:
             return window
         h, w = self.size
@@ -317,7 +317,7 @@ class Pixels:
         up = places - self.pitch + (w - 1 - i % w).clamp(max=columns)
         low, high = low.index_select(0, up), high.index_select(0, up)
         contrast = torch.where(first - low >= high - first, low, high)
-        return torch.cat([torch.stack([first, contrast], 1), window], 1)
+        return torch.cat([torch.stack([first.T, contrast.T]), window])
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
@@ -342,13 +342,15 @@ class Pixels:
                 x = (cumulative < noise[i, :, :1]).sum(2).clamp(max=255).to(canvas)
             else:
                 window = self.window(canvas, low, high, i)
-                x, _ = self.network.score_or_draw(window, f, None, noise[i])
-            canvas[places] = x
+                its_noise = noise.index_select(0, i).permute(1, 2, 0)
+                x = self.network.score_or_draw(window, f, None, its_noise)[0].T
+            canvas.index_copy_(0, places, x)
             if self.network.binary:
                 continue
-            left, up = places - 1, places - self.pitch
-            low[places] = torch.minimum(x, torch.minimum(low[left], low[up]))
-            high[places] = torch.maximum(x, torch.maximum(high[left], high[up]))
+            for extreme, least in ((low, torch.minimum), (high, torch.maximum)):
+                left = extreme.index_select(0, places - 1)
+                above = extreme.index_select(0, places - self.pitch)
+                extreme.index_copy_(0, places, least(x, least(left, above)))
         drawn = canvas[self.places(torch.arange(batch * h * w, device=device))] / self.levels
         return drawn.view(batch, h, w, c).permute(0, 3, 1, 2)
 
@@ -367,6 +369,13 @@ def fronts(h: int, w: int, columns: int, device: torch.device) -> Sequence[Tenso
 def root(t: Tensor) -> Tensor:
     """About a signed square root: differences of levels, with 0 and 1 apart, and 100 and 200."""
     return t * torch.rsqrt(1 + t.abs())
+
+
+def channel_products(differences: Tensor) -> list[list[Tensor]]:
+    """Sums over the window of products of channels, [C][C] (N,) of differences (taps, C, N)."""
+    d, channels = differences, range(differences.shape[1])
+    products = {(a, b): (d[:, a] * d[:, b]).sum(0) for a in channels for b in channels if b <= a}
+    return [[products[max(a, b), min(a, b)] for b in channels] for a in channels]
 
 
 def ridge_slopes(
