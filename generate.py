@@ -10,23 +10,24 @@ functions return matplotlib figures, for notebooks; `path` also writes them to a
 
 import argparse
 import csv
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder, decode_text
+from hvae.checkpoint import atomic_write
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian, binarised
-from hvae.parallel import keep_memory, pick_device
+from hvae.parallel import ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import picture_format, write_figure, write_image
 from hvae.validate import InputError, validate_int, validate_number
 from model import HVAE
@@ -46,28 +47,66 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sample_batches(
-    model: HVAE,
-    n: int,
-    text: str | None = None,
-    temperature: float = TEMPERATURE,
-    seed: int = 0,
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yields (images (<= 64, C, H, W) in [0, 1], their texts or "") until n are drawn."""
-    for draw, texts in lazy_batches(model, n, text, temperature, seed):
-        yield draw().cpu(), texts
+@dataclass
+class SampleBatches(Dataset):
+    """n samples in batches: item k is (images (<= 64, C, H, W) in [0, 1], their texts or "").
+
+    Each batch has noise of its own, so that any process may draw it. `text` is one for all, a list
+    with one for each, or None for random ones.
+    """
+
+    model: HVAE
+    n: int
+    text: str | Sequence[str] | None = None
+    temperature: float = TEMPERATURE
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return -(-self.n // BATCH)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, list[str]]:
+        texts, generator = self.texts(range(len(self))[k])  # or IndexError
+        given = texts if self.model.text_length else None
+        images = self.model.sample(len(texts), given, self.temperature, generator)
+        return images.cpu(), texts
+
+    def texts(self, k: int) -> tuple[list[str], torch.Generator]:
+        """The texts of batch k, and the generator for its noise."""
+        generator = seeded(self.seed + k * 1_000_003)
+        part = slice(k * BATCH, min((k + 1) * BATCH, self.n))
+        text = self.text if isinstance(self.text, str) or self.text is None else self.text[part]
+        n = part.stop - part.start
+        y = self.model.draw_text(n, text, generator)
+        texts = [""] * n if y is None else [decode_text(row, self.model.charset) for row in y]
+        return texts, generator
+
+    def names(self, k: int) -> list[str]:
+        """The files of batch k: TEXT_INDEX.png, or without a text INDEX.png."""
+        prefixes = [f"{text}_" if text else "" for text in self.texts(k)[0]]
+        return [f"{prefix}{k * BATCH + i:06d}.png" for i, prefix in enumerate(prefixes)]
+
+    def by_all_cores(self, order: Sequence[int] | None = None) -> DataLoader:
+        """Batches with images as uint8, all or in this order, drawn by a process on each core.
+
+        A draw is many small operations, which cores cannot share. A GPU draws in this process.
+        """
+        order = range(len(self)) if order is None else order
+        cores = torch.get_num_threads() if self.model.device.type == "cpu" else 1
+        workers = min(cores, len(order))
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=order,
+            num_workers=workers if workers > 1 else 0,
+            collate_fn=to_bytes,
+            generator=torch.Generator(),  # or it would draw from the global one
+            worker_init_fn=ignore_interrupts,
+        )
 
 
-def lazy_batches(
-    model: HVAE, n: int, text: str | None, temperature: float, seed: int
-) -> Iterator[tuple[Callable[[], Tensor], list[str]]]:
-    """As sample_batches, with functions that draw the images: each batch has its own noise."""
-    for k, first in enumerate(range(0, n, BATCH)):
-        generator = seeded(seed + k * 1_000_003)
-        count = min(BATCH, n - first)
-        y = model.draw_text(count, text, generator)
-        texts = None if y is None else [decode_text(row, model.charset) for row in y]
-        yield partial(model.sample, count, texts, temperature, generator), texts or [""] * count
+def to_bytes(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, list[str]]:
+    images, texts = batch
+    return (255 * images).round().byte(), texts
 
 
 def sample_sheet(
@@ -89,7 +128,7 @@ def sample_sheet(
     validate_int("n", n, 1)
     if n > SHEET:
         raise InputError(f"n: a sheet holds at most {SHEET} images, got {n}; see --individual")
-    batches = sample_batches(model, n, text, temperature, seed)
+    batches = SampleBatches(model, n, text, temperature, seed)
     images = [captioned(*batch) if captions else batch[0] for batch in batches]
     return make_grid(torch.cat(images), columns or columns_for(model), pad_value=1)
 
@@ -134,27 +173,24 @@ def save_individual(
             f"{folder} has files: go on with --resume (resume=True), or choose another"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    index = 0
-    with tqdm(total=n, desc=str(folder), unit="image") as bar:
-        for draw, texts in lazy_batches(model, n, text, temperature, seed):
-            numbers = range(index, index + len(texts))
-            prefixes = [f"{drawn}_" if drawn else "" for drawn in texts]
-            names = [f"{prefix}{i:06d}.png" for prefix, i in zip(prefixes, numbers, strict=True)]
-            if not (resume and all((folder / name).is_file() for name in names)):
-                for image, name in zip(draw().cpu(), names, strict=True):
-                    write_image(image, folder / name)
-            if model.text_length is not None:
-                add_labels(folder / "labels.csv", names, texts, is_first=index == 0)
-            index += len(texts)
-            bar.update(len(texts))
+    batches = SampleBatches(model, n, text, temperature, seed)
+    if model.text_length is not None:
+        write_labels(folder / "labels.csv", batches)
+    is_there = lambda k: all((folder / name).is_file() for name in batches.names(k))
+    missing = [k for k in range(len(batches)) if not (resume and is_there(k))]
+    drawn = tqdm(batches.by_all_cores(missing), desc=str(folder), unit="batch")
+    for k, (images, _) in zip(missing, drawn, strict=True):
+        for image, name in zip(images, batches.names(k), strict=True):
+            write_image(image.float() / 255, folder / name)
 
 
-def add_labels(path: Path, names: Sequence[str], texts: Sequence[str], is_first: bool) -> None:
-    """Rows of labels.csv, which begins anew with the first of them."""
-    with path.open("w" if is_first else "a", encoding="utf-8", newline="") as file:
+def write_labels(path: Path, batches: SampleBatches) -> None:
+    """A labels.csv, with a row for each sample."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerows([("name", "text")] * is_first)
-        rows.writerows(zip(names, texts, strict=True))
+        rows.writerow(("name", "text"))
+        for k in range(len(batches)):
+            rows.writerows(zip(batches.names(k), batches.texts(k)[0], strict=True))
 
 
 def columns_for(model: HVAE) -> int:

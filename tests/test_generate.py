@@ -20,13 +20,13 @@ from tqdm import tqdm
 import generate
 from dataset import CaptchaFolder
 from generate import (
+    SampleBatches,
     fit_aggregate,
     plot_interpolation,
     plot_levels,
     plot_prior_vs_aggregate,
     plot_reconstructions,
     plot_samples,
-    sample_batches,
     sample_sheet,
     save_individual,
     slerp,
@@ -240,7 +240,7 @@ def test_individual_files_are_those_of_the_sheet(conditional, capsys):
     assert sorted(index) == list(range(70))
     for i, path in zip(index, folder.paths, strict=True):
         assert torch.equal(read_image(path), expected[i])
-    batches = sample_batches(HVAE.load(conditional), 70, seed=4)
+    batches = SampleBatches(HVAE.load(conditional), 70, seed=4)
     texts = [text for _, drawn in batches for text in drawn]
     assert [texts[i] for i in index] == folder.texts
     assert written()[:2] == ["out", "out/files"] and "samples.png" not in written()
@@ -538,28 +538,53 @@ def test_batches_are_bounded_and_drawn_on_demand(monkeypatch):
     model, drawn = tiny(), []
     sample = model.sample
     monkeypatch.setattr(model, "sample", lambda n, *rest: drawn.append(n) or sample(n, *rest))
-    batches = sample_batches(model, 10**9)
+    batches = iter(SampleBatches(model, 10**9))
     assert drawn == []
     for count in (1, 2):
         images, texts = next(batches)
         assert len(images) == len(texts) == 64 and drawn == [64] * count
     drawn.clear()
-    sizes = [(len(images), len(texts)) for images, texts in sample_batches(model, 150)]
+    sizes = [(len(images), len(texts)) for images, texts in SampleBatches(model, 150)]
     assert sizes == [(64, 64), (64, 64), (22, 22)] and drawn == [64, 64, 22]
 
 
 def test_batches_tell_the_texts_they_draw():
     model = tiny()
-    ((images, texts),) = sample_batches(model, 40, temperature=0.0)
+    ((images, texts),) = SampleBatches(model, 40, temperature=0.0)
     assert torch.equal(images, model.sample(40, texts, temperature=0.0)) and len(set(texts)) == 9
-    texts_of = lambda model, *text: [texts for _, texts in sample_batches(model, 66, *text)]
+    texts_of = lambda model, *text: [texts for _, texts in SampleBatches(model, 66, *text)]
     assert texts_of(model, "BC") == [["BC"] * 64, ["BC"] * 2]
     assert texts_of(tiny(text_length=None)) == [[""] * 64, [""] * 2]
 
 
 def test_batches_differ():
-    first, second = [images for images, _ in sample_batches(tiny(), 128, "AB")]
+    first, second = [images for images, _ in SampleBatches(tiny(), 128, "AB")]
     assert not torch.equal(first, second)
+
+
+def test_batches_of_given_texts():
+    texts = ["AB", "CA"] * 40
+    drawn = SampleBatches(tiny(), 80, texts)
+    assert [text for _, part in drawn for text in part] == texts
+    with pytest.raises(InputError, match="text"):
+        SampleBatches(tiny(), 80, texts[1:])[1]
+
+
+def test_batches_of_all_cores_are_the_same():
+    """Whichever process draws them, in whichever order."""
+    batches = SampleBatches(tiny(), 150)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loader = batches.by_all_cores([2, 0, 1])
+        parallel = list(loader)
+    finally:
+        torch.set_num_threads(threads)
+    assert loader.num_workers == 2
+    for k, (images, texts) in zip([2, 0, 1], parallel, strict=True):
+        expected, its_texts = batches[k]
+        assert texts == its_texts
+        assert ((255 * expected).round() - images).abs().max() <= 1  # threads may round otherwise
 
 
 @kinds

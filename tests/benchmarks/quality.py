@@ -46,7 +46,7 @@ from reader import (
 from tqdm import tqdm
 
 from dataset import decode_text, random_stream, render
-from generate import CHECKPOINTS, held_out_images
+from generate import CHECKPOINTS, SampleBatches, held_out_images
 from hvae.parallel import keep_memory, pick_device
 from model import HVAE
 from trainer import evaluate
@@ -73,13 +73,10 @@ def renders_for(model: HVAE) -> Draw:
 
 def samples_of(model: HVAE, temperature: float) -> Draw:
     def draw(texts: Sequence[str], stream: str) -> Tensor:
-        generator = torch.Generator().manual_seed(random_stream(3, stream, 0).getrandbits(62))
-        parts = [list(texts[i : i + 64]) for i in range(0, len(texts), 64)]
-        images = [
-            (255 * model.sample(len(part), part, temperature, generator)).round().byte().cpu()
-            for part in tqdm(parts, f"sample {stream}", leave=False, mininterval=1)
-        ]
-        return torch.cat(images)
+        seed = random_stream(3, stream, 0).getrandbits(62)
+        batches = SampleBatches(model, len(texts), texts, temperature, seed).by_all_cores()
+        bar = tqdm(batches, f"sample {stream}", leave=False, mininterval=1)
+        return torch.cat([images for images, _ in bar])
 
     return draw
 
