@@ -1,6 +1,7 @@
 """Optimizers: Muon for the matrices of hidden layers, AdamW for all other parameters."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -26,37 +27,43 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            by_shape = defaultdict(list)  # matrices that are computed together
             for weight in group["params"]:
-                if weight.grad is None:  # frozen
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(momentum, group["momentum"])  # Nesterov's
-                update = orthogonal(ahead.flatten(1))
-                size = 0.2 * math.sqrt(max(update.shape))  # then a number's root mean square is 0.2
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(update.view(weight.shape), alpha=group["lr"] * size)
+                if weight.grad is not None:  # not frozen
+                    by_shape[weight.flatten(1).shape].append(weight)
+            for shape, weights in by_shape.items():
+                ahead = [self.ahead(weight, group["momentum"]).flatten(1) for weight in weights]
+                size = 0.2 * math.sqrt(max(shape))  # then a number's root mean square is 0.2
+                for weight, update in zip(weights, orthogonal(torch.stack(ahead)), strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.sub_(update.view(weight.shape), alpha=group["lr"] * size)
+
+    def ahead(self, weight: nn.Parameter, decay: float) -> Tensor:
+        """Nesterov's momentum of a weight."""
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        momentum = state["momentum"].lerp_(weight.grad, 1 - decay)
+        return weight.grad.lerp(momentum, decay)
 
 
-def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """The matrix (m, n) with its singular values replaced by numbers from about 0.7 to 1.2.
+def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Matrices (N, m, n) with their singular values replaced by numbers from about 0.7 to 1.2.
 
     Newton-Schulz iterations, with the coefficients of Jordan et al.: x <- (a + b s + c s s) x with
     s = x x^T moves singular values towards 1 without a decomposition. All factors are polynomials
     of the first s, so x itself is multiplied only once, by their product q.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / (x.norm() + 1e-12)
-    s = x @ x.T
-    q = one = torch.eye(len(s), device=s.device)
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-12)
+    s = x @ x.mT
+    q = one = torch.eye(x.shape[1], device=x.device)
     for _ in range(iterations):
-        p = a * one + torch.addmm(s, s, s, beta=b, alpha=c)
+        p = a * one + torch.baddbmm(s, s, s, beta=b, alpha=c)
         q, s = p @ q, p @ s @ p
-    return (q @ x).T if is_tall else q @ x
+    return (q @ x).mT if is_tall else q @ x
 
 
 def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:

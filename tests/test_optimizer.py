@@ -20,7 +20,8 @@ def test_orthogonal_keeps_directions_and_evens_out_their_sizes(rows, columns, se
     """Singular vectors stay; singular values of a thirtieth of the norm or more become about 1."""
     u, _, v = torch.linalg.svd(random_matrix(rows, columns, seed), full_matrices=False)
     sizes = torch.logspace(0, -0.7, min(rows, columns))
-    out = orthogonal(scale * (u * sizes) @ v)
+    other = random_matrix(rows, columns, seed + 1)
+    out, _ = orthogonal(torch.stack([scale * (u * sizes) @ v, other]))
     in_their_directions = u.T @ out @ v.T
     new_sizes = in_their_directions.diagonal()
     assert ((new_sizes > 0.5) & (new_sizes < 1.3)).all()
@@ -28,7 +29,7 @@ def test_orthogonal_keeps_directions_and_evens_out_their_sizes(rows, columns, se
 
 
 def test_orthogonal_of_zeros_is_zero():
-    assert not orthogonal(torch.zeros(3, 5)).any()
+    assert not orthogonal(torch.zeros(1, 3, 5)).any()
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 8, 3, 3), (64, 16, 3, 3)])

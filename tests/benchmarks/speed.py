@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import CaptchaDataset  # noqa: E402
+from generate import BATCH, SampleBatches  # noqa: E402
 from hvae.parallel import has_bf16, keep_memory, pick_device  # noqa: E402
 from hvae.run import Run  # noqa: E402
 from model import HVAE, WITHOUT_WINDOWS  # noqa: E402
@@ -97,6 +98,9 @@ def main() -> None:
         model.to(device)
         sampling = rate(batch, lambda m=model: m.eval().sample(batch).cpu(), args.seconds)
         print(f"sampling, {name:27s}  {sampling:8.0f} images/s")
+        a_set = SampleBatches(model, 4 * BATCH * torch.get_num_threads(), temperature=1.0)
+        sampling = rate(a_set.n, lambda s=a_set: list(s.by_all_cores()), args.seconds)
+        print(f"· a process for each core{sampling:22.0f} images/s")
         step = step_of(model, device, batch)
         training, work = rate(batch, step, args.seconds), flops(step) / batch
         print(
