@@ -10,7 +10,8 @@ functions return matplotlib figures, for notebooks; `path` also writes them to a
 
 import argparse
 import csv
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +28,15 @@ from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder, decode_text
 from hvae.checkpoint import atomic_write
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian, binarised
-from hvae.parallel import ignore_interrupts, keep_memory, pick_device
+from hvae.parallel import keep_memory, pick_device
 from hvae.pictures import picture_format, write_figure, write_image
 from hvae.validate import InputError, validate_int, validate_number
 from model import HVAE
 
 FOLDER = Path(__file__).resolve().parent / "checkpoints"
 CHECKPOINTS = {"captcha": FOLDER / "hvae.pt", "mnist": FOLDER / "mnist.pt"}
-BATCH = 64  # images drawn at once: bounds the memory
+BATCH = 64  # images that a process draws at once: bounds the memory, with
+MAX_PROCESSES = 8
 CAPTION = 12  # pixels of the text below a sample
 SHEET = 1024  # images on a sheet, which is in memory all at once
 TEMPERATURE = 0.8  # nearly as legible as renders; 1 draws from p(x), and teaches a reader more
@@ -47,12 +49,15 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@dataclass
+@dataclass(eq=False)
 class SampleBatches(Dataset):
     """n samples in batches: item k is (images (<= 64, C, H, W) in [0, 1], their texts or "").
 
     Each batch has noise of its own, so that any process may draw it. `text` is one for all, a list
     with one for each, or None for random ones.
+
+    Raises:
+        ValueError: there are not n texts; in a draw, a text or a temperature that does not fit.
     """
 
     model: HVAE
@@ -61,16 +66,23 @@ class SampleBatches(Dataset):
     temperature: float = TEMPERATURE
     seed: int = 0
 
+    def __post_init__(self):
+        if not (self.text is None or isinstance(self.text, str) or len(self.text) == self.n):
+            raise InputError(f"text: expected {self.n} texts, got {len(self.text)}")
+
     def __len__(self) -> int:
         return -(-self.n // BATCH)
 
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, k: int) -> tuple[Tensor, list[str]]:
-        texts, generator = self.texts(range(len(self))[k])  # or IndexError
+        texts, generator = self.begin(k)
         given = texts if self.model.text_length else None
         images = self.model.sample(len(texts), given, self.temperature, generator)
         return images.cpu(), texts
 
-    def texts(self, k: int) -> tuple[list[str], torch.Generator]:
+    def begin(self, k: int) -> tuple[list[str], torch.Generator]:
         """The texts of batch k, and the generator for its noise."""
         generator = seeded(self.seed + k * 1_000_003)
         part = slice(k * BATCH, min((k + 1) * BATCH, self.n))
@@ -82,31 +94,31 @@ class SampleBatches(Dataset):
 
     def names(self, k: int) -> list[str]:
         """The files of batch k: TEXT_INDEX.png, or without a text INDEX.png."""
-        prefixes = [f"{text}_" if text else "" for text in self.texts(k)[0]]
+        prefixes = [f"{text}_" if text else "" for text in self.begin(k)[0]]
         return [f"{prefix}{k * BATCH + i:06d}.png" for i, prefix in enumerate(prefixes)]
 
     def by_all_cores(self, order: Sequence[int] | None = None) -> DataLoader:
-        """Batches with images as uint8, all or in this order, drawn by a process on each core.
+        """The batches, all or those of an order, with images as uint8.
 
-        A draw is many small operations, which cores cannot share. A GPU draws in this process.
+        A draw is many small operations, which cores cannot share. So on Linux each core has a
+        process that draws; elsewhere, and on a GPU, this process does.
         """
         order = range(len(self)) if order is None else order
-        cores = torch.get_num_threads() if self.model.device.type == "cpu" else 1
-        workers = min(cores, len(order))
-        return DataLoader(
-            self,
-            batch_size=None,
-            sampler=order,
-            num_workers=workers if workers > 1 else 0,
-            collate_fn=to_bytes,
-            generator=torch.Generator(),  # or it would draw from the global one
-            worker_init_fn=ignore_interrupts,
-        )
+        on_cpu = self.model.device.type == "cpu"
+        can_fork = sys.platform == "linux"  # other ways to start a process run the script again
+        cores = min(torch.get_num_threads(), MAX_PROCESSES) if on_cpu and can_fork else 1
+        settings = dict(batch_size=None, sampler=order, collate_fn=to_bytes)
+        settings["generator"] = torch.Generator()  # or it would draw from the global one
+        if min(cores, len(order)) > 1:
+            settings.update(num_workers=min(cores, len(order)), prefetch_factor=1)
+            settings["multiprocessing_context"] = "fork"
+        return DataLoader(self, **settings)
 
 
 def to_bytes(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, list[str]]:
+    """A batch with its images as uint8."""
     images, texts = batch
-    return (255 * images).round().byte(), texts
+    return (255 * images).round().clamp(0, 255).byte(), texts
 
 
 def sample_sheet(
@@ -174,14 +186,17 @@ def save_individual(
         )
     folder.mkdir(parents=True, exist_ok=True)
     batches = SampleBatches(model, n, text, temperature, seed)
-    if model.text_length is not None:
-        write_labels(folder / "labels.csv", batches)
     is_there = lambda k: all((folder / name).is_file() for name in batches.names(k))
     missing = [k for k in range(len(batches)) if not (resume and is_there(k))]
-    drawn = tqdm(batches.by_all_cores(missing), desc=str(folder), unit="batch")
-    for k, (images, _) in zip(missing, drawn, strict=True):
-        for image, name in zip(images, batches.names(k), strict=True):
-            write_image(image.float() / 255, folder / name)
+    drawn = zip(missing, batches.by_all_cores(missing), strict=True)
+    done = (len(batches) - len(missing)) * BATCH
+    with tqdm(total=n, initial=done, desc=str(folder), unit="image") as bar:
+        for k, (images, _) in drawn:
+            for image, name in zip(images, batches.names(k), strict=True):
+                write_image(image.float() / 255, folder / name)
+            bar.update(len(images))
+    if model.text_length is not None:
+        write_labels(folder / "labels.csv", batches)
 
 
 def write_labels(path: Path, batches: SampleBatches) -> None:
@@ -190,7 +205,7 @@ def write_labels(path: Path, batches: SampleBatches) -> None:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("name", "text"))
         for k in range(len(batches)):
-            rows.writerows(zip(batches.names(k), batches.texts(k)[0], strict=True))
+            rows.writerows(zip(batches.names(k), batches.begin(k)[0], strict=True))
 
 
 def columns_for(model: HVAE) -> int:

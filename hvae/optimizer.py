@@ -30,11 +30,11 @@ class Muon(torch.optim.Optimizer):
             by_shape = defaultdict(list)  # matrices that are computed together
             for weight in group["params"]:
                 if weight.grad is not None:  # not frozen
-                    by_shape[weight.flatten(1).shape].append(weight)
+                    by_shape[len(weight), weight[0].numel()].append(weight)
             for shape, weights in by_shape.items():
-                ahead = [self.ahead(weight, group["momentum"]).flatten(1) for weight in weights]
+                steps = [self.ahead(weight, group["momentum"]).flatten(1) for weight in weights]
                 size = 0.2 * math.sqrt(max(shape))  # then a number's root mean square is 0.2
-                for weight, update in zip(weights, orthogonal(torch.stack(ahead)), strict=True):
+                for weight, update in zip(weights, orthogonal(torch.stack(steps)), strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.sub_(update.view(weight.shape), alpha=group["lr"] * size)
 

@@ -566,25 +566,41 @@ def test_batches_of_given_texts():
     texts = ["AB", "CA"] * 40
     drawn = SampleBatches(tiny(), 80, texts)
     assert [text for _, part in drawn for text in part] == texts
-    with pytest.raises(InputError, match="text"):
-        SampleBatches(tiny(), 80, texts[1:])[1]
+    for wrong in (texts[1:], [*texts, "AB"]):
+        with pytest.raises(InputError, match="80 texts"):
+            SampleBatches(tiny(), 80, wrong)
 
 
-def test_batches_of_all_cores_are_the_same():
+def test_an_error_in_a_draw_does_not_end_the_batches_in_silence(monkeypatch):
+    def draw(*_):
+        raise IndexError("of a draw")
+
+    model = tiny()
+    monkeypatch.setattr(model, "sample", draw)
+    with pytest.raises(IndexError, match="of a draw"):
+        list(SampleBatches(model, 3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems draw in one process")
+@pytest.mark.parametrize("context", [None, (2, 2)])
+def test_batches_of_all_cores_are_the_same(context, monkeypatch):
     """Whichever process draws them, in whichever order."""
-    batches = SampleBatches(tiny(), 150)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        loader = batches.by_all_cores([2, 0, 1])
-        parallel = list(loader)
-    finally:
-        torch.set_num_threads(threads)
+    batches = SampleBatches(tiny(context=context), 150)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    loader = batches.by_all_cores([2, 0, 1])
     assert loader.num_workers == 2
-    for k, (images, texts) in zip([2, 0, 1], parallel, strict=True):
+    for k, (images, texts) in zip([2, 0, 1], loader, strict=True):
         expected, its_texts = batches[k]
-        assert texts == its_texts
-        assert ((255 * expected).round() - images).abs().max() <= 1  # threads may round otherwise
+        assert texts == its_texts and torch.equal((255 * expected).round().byte(), images)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems draw in one process")
+def test_individual_files_of_several_processes(conditional, monkeypatch):
+    run(conditional, "--n", 150, "--individual", "one")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    run(conditional, "--n", 150, "--individual", "two")
+    contents = lambda folder: {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    assert contents("one") == contents("two") and len(contents("two")) == 151
 
 
 @kinds

@@ -74,7 +74,7 @@ def renders_for(model: HVAE) -> Draw:
 def samples_of(model: HVAE, temperature: float) -> Draw:
     def draw(texts: Sequence[str], stream: str) -> Tensor:
         seed = random_stream(3, stream, 0).getrandbits(62)
-        batches = SampleBatches(model, len(texts), texts, temperature, seed).by_all_cores()
+        batches = SampleBatches(model, len(texts), list(texts), temperature, seed).by_all_cores()
         bar = tqdm(batches, f"sample {stream}", leave=False, mininterval=1)
         return torch.cat([images for images, _ in bar])
 
