@@ -35,8 +35,8 @@ from model import HVAE
 
 FOLDER = Path(__file__).resolve().parent / "checkpoints"
 CHECKPOINTS = {"captcha": FOLDER / "hvae.pt", "mnist": FOLDER / "mnist.pt"}
-BATCH = 64  # images that a process draws at once: bounds the memory, with
-MAX_PROCESSES = 8
+BATCH = 64  # images that a process draws at once
+MAX_PROCESSES = 8  # that draw a set; both numbers bound the memory
 CAPTION = 12  # pixels of the text below a sample
 SHEET = 1024  # images on a sheet, which is in memory all at once
 TEMPERATURE = 0.8  # nearly as legible as renders; 1 draws from p(x), and teaches a reader more
@@ -165,7 +165,7 @@ def save_individual(
     seed: int = 0,
     resume: bool = False,
 ) -> None:
-    """Writes n samples as TEXT_INDEX.png and a labels.csv, for dataset.CaptchaFolder.
+    """Writes n samples as TEXT_INDEX.png, at the end a labels.csv, for dataset.CaptchaFolder.
 
     Without a text the names are INDEX.png, and there is no labels.csv. `resume` keeps batches
     whose files are all there: they must come from the same call.
