@@ -92,11 +92,6 @@ class SampleBatches(Dataset):
         texts = [""] * n if y is None else [decode_text(row, self.model.charset) for row in y]
         return texts, generator
 
-    def names(self, k: int) -> list[str]:
-        """The files of batch k: TEXT_INDEX.png, or without a text INDEX.png."""
-        prefixes = [f"{text}_" if text else "" for text in self.begin(k)[0]]
-        return [f"{prefix}{k * BATCH + i:06d}.png" for i, prefix in enumerate(prefixes)]
-
     def by_all_cores(self, order: Sequence[int] | None = None) -> DataLoader:
         """The batches, all or those of an order, with images as uint8.
 
@@ -113,6 +108,12 @@ class SampleBatches(Dataset):
             settings.update(num_workers=min(cores, len(order)), prefetch_factor=1)
             settings["multiprocessing_context"] = "fork"
         return DataLoader(self, **settings)
+
+
+def file_names(k: int, texts: Sequence[str]) -> list[str]:
+    """The files of batch k: TEXT_INDEX.png, or without a text INDEX.png."""
+    prefixes = [f"{text}_" if text else "" for text in texts]
+    return [f"{prefix}{k * BATCH + i:06d}.png" for i, prefix in enumerate(prefixes)]
 
 
 def to_bytes(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, list[str]]:
@@ -186,13 +187,14 @@ def save_individual(
         )
     folder.mkdir(parents=True, exist_ok=True)
     batches = SampleBatches(model, n, text, temperature, seed)
-    is_there = lambda k: all((folder / name).is_file() for name in batches.names(k))
+    paths = lambda k: [folder / name for name in file_names(k, batches.begin(k)[0])]
+    is_there = lambda k: all(path.is_file() for path in paths(k))
     missing = [k for k in range(len(batches)) if not (resume and is_there(k))]
     drawn = zip(missing, batches.by_all_cores(missing), strict=True)
     done = (len(batches) - len(missing)) * BATCH
     with tqdm(total=n, initial=done, desc=str(folder), unit="image") as bar:
-        for k, (images, _) in drawn:
-            for image, name in zip(images, batches.names(k), strict=True):
+        for k, (images, texts) in drawn:
+            for image, name in zip(images, file_names(k, texts), strict=True):
                 write_image(image.float() / 255, folder / name)
             bar.update(len(images))
     if model.text_length is not None:
@@ -205,7 +207,8 @@ def write_labels(path: Path, batches: SampleBatches) -> None:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("name", "text"))
         for k in range(len(batches)):
-            rows.writerows(zip(batches.names(k), batches.begin(k)[0], strict=True))
+            texts, _ = batches.begin(k)
+            rows.writerows(zip(file_names(k, texts), texts, strict=True))
 
 
 def columns_for(model: HVAE) -> int:

@@ -347,10 +347,10 @@ class Pixels:
             canvas.index_copy_(0, places, x)
             if self.network.binary:
                 continue
-            for extreme, least in ((low, torch.minimum), (high, torch.maximum)):
+            for extreme, farther in ((low, torch.minimum), (high, torch.maximum)):
                 left = extreme.index_select(0, places - 1)
                 above = extreme.index_select(0, places - self.pitch)
-                extreme.index_copy_(0, places, least(x, least(left, above)))
+                extreme.index_copy_(0, places, farther(x, farther(left, above)))
         drawn = canvas[self.places(torch.arange(batch * h * w, device=device))] / self.levels
         return drawn.view(batch, h, w, c).permute(0, 3, 1, 2)
 
