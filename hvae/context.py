@@ -132,9 +132,12 @@ class ContextNetwork(nn.Module):
             f: (N, features), what z says.
             noise: (C, 2, N), uniform in (0, 1).
         """
-        h = self.trunk(window, f)
+        left = window[-1:]
         if not self.binary:
-            return self.logistics(h, window, f, x, noise)
+            differences = window - left
+            h = self.trunk(torch.cat([root(differences), left / 64 - 3]), f)
+            return self.logistics(h, window, channel_products(differences), f, x, noise)
+        h = self.trunk(torch.cat([window, torch.zeros_like(left)]), f)
         logit = (self.out(h).to(window) + f[:, : self.channels].to(window)).T
         if x is None:
             return (noise[:, 0] < logit.sigmoid()).to(window), None
@@ -144,28 +147,28 @@ class ContextNetwork(nn.Module):
         """log p of the levels of images' first pixels, (N, C, 256)."""
         return self.first(f).float().unflatten(1, (-1, 256)).log_softmax(2)
 
-    def trunk(self, window: Tensor, f: Tensor) -> Tensor:
-        """What the window and z say, (N, width)."""
-        left = window[-1:]
-        if self.binary:
-            seen = torch.cat([window, torch.zeros_like(left)])
-        else:
-            seen = torch.cat([root(window - left), left / 64 - 3])
+    def trunk(self, seen: Tensor, f: Tensor) -> Tensor:
+        """What the window, `seen` (taps + 1, C, N), and z say, (N, width)."""
         h = F.silu(self.from_window(seen.flatten(0, 1).T) + self.from_z(f))
         for layer in self.hidden:
             h = h + F.silu(layer(h))
         return h
 
     def logistics(
-        self, h: Tensor, window: Tensor, f: Tensor, x: Tensor | None, noise: Tensor | None
+        self,
+        h: Tensor,
+        window: Tensor,
+        products: list[list[Tensor]],
+        f: Tensor,
+        x: Tensor | None,
+        noise: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Channel after channel: a mixture whose means follow the channels before.
 
         A mean moves with each earlier channel's residual by a slope. Slopes are ridge regressions
-        over the window's pixels, shrunk towards a prediction from h.
+        over the window's pixels, by their `products`, shrunk towards a prediction from h.
         """
         bases = self.bases(window, f)  # (BASES, C, N)
-        products = channel_products(window - window[-1])
         values, log_p, residuals = [], [], []
         for c in range(self.channels):
             base, hidden = bases[:, c], h
