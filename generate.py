@@ -39,7 +39,6 @@ BATCH = 64  # images that a process draws at once
 MAX_PROCESSES = 8  # that draw a set; both numbers bound the memory
 CAPTION = 12  # pixels of the text below a sample
 SHEET = 1024  # images on a sheet, which is in memory all at once
-TEMPERATURE = 0.8  # nearly as legible as renders; 1 draws from p(x), and teaches a reader more
 
 
 # ---------------------------------------------------------------------------- samples
@@ -63,7 +62,7 @@ class SampleBatches(Dataset):
     model: HVAE
     n: int
     text: str | Sequence[str] | None = None
-    temperature: float = TEMPERATURE
+    temperature: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
@@ -126,7 +125,7 @@ def sample_sheet(
     model: HVAE,
     n: int = 32,
     text: str | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float = 1.0,
     seed: int = 0,
     columns: int | None = None,
     captions: bool = False,
@@ -162,7 +161,7 @@ def save_individual(
     folder: str | Path,
     n: int,
     text: str | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float = 1.0,
     seed: int = 0,
     resume: bool = False,
 ) -> None:
@@ -330,7 +329,7 @@ def plot_prior_vs_aggregate(
     model: HVAE,
     dataset: Dataset,
     n: int = 6,
-    temperature: float = TEMPERATURE,
+    temperature: float = 1.0,
     seed: int = 0,
     path: str | Path | None = None,
 ) -> Figure:
@@ -551,9 +550,9 @@ def sampling_parser() -> argparse.ArgumentParser:
     add(
         "--temperature",
         type=float,
-        default=TEMPERATURE,
+        default=1.0,
         metavar="T",
-        help="times the priors' noise; 1 draws from p(x)",
+        help="1 draws from p(x), less is plainer",
     )
     add("--captions", action="store_true", help="the texts asked for, below the samples")
     add("--seed", type=int, default=0, help="another seed gives other samples")

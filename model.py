@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvae.arguments import channels_per_level, flow_couplings, plain, validate_arguments
-from hvae.blocks import Block, Layer, Size, build, group_norm, mirror, pixels, plan, project
+from hvae.blocks import Block, Layer, Res, Size, build, group_norm, mirror, pixels, plan, project
 from hvae.checkpoint import load_checkpoint, write_tensors
 from hvae.context import ContextNetwork, Pixels
 from hvae.distributions import (
@@ -143,14 +143,15 @@ class Level(nn.Module):
         self.p = None if top else Head(c_h, c_h, c_z, size, logvar=0.0)
         self.flow: Flow | None = None  # of the top level, see HVAE
         self.window: WindowNetwork | None = None  # of a map
+        self.prior_features: PriorFeatures | None = None  # of a map directly below a vector
         # at the start z must exceed its sampling noise, or the decoder learns to ignore it
         self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0, scale=3.0)
         self.from_z = project(c_z, c_out, size)
         if top_down:
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
 
-    def prior(self, h: Tensor) -> Prior:
-        """p(z_l | z_{l+1..L}). For p(z_L) only h's batch size matters, unless it has a window."""
+    def prior(self, h: Tensor, y: Tensor | None = None) -> Prior:
+        """p(z_l | z_{l+1..L}, y). Of p(z_L) only h's batch size matters, unless it has a window."""
         if self.p is None:
             zeros = torch.zeros(len(h), *self.shape, device=h.device)
             p = DiagonalGaussian(zeros, zeros)
@@ -160,7 +161,10 @@ class Level(nn.Module):
             p = DiagonalGaussian(p.mu, 2 * torch.tanh(p.logvar / 2))
         if self.flow is not None:
             return FlowPrior(p, self.flow)
-        return p if self.window is None else WindowPrior(p, self.window, h)
+        if self.window is None:
+            return p
+        h = h if self.prior_features is None else self.prior_features(h, y)
+        return WindowPrior(p, self.window, h)
 
     def posterior(self, d: Tensor, h: Tensor, p: Prior) -> DiagonalGaussian:
         """q(z_l | z_{l+1..L}, x): what d and h say about z_l, times the prior, normalised.
@@ -210,6 +214,23 @@ class TextInput(nn.Module):
         return h + torch.einsum("bthw,btc->bchw", share, symbols.to(share.dtype))
 
 
+class PriorFeatures(nn.Module):
+    """What the window of a map directly below a vector is given instead of h (B, c, H, W).
+
+    In the simplest case one linear layer makes h from the vector: no convolution has mixed its
+    positions, and the text is a part of the vector. Here each position attends to the text, and a
+    residual block mixes neighbours.
+    """
+
+    def __init__(self, c: int, size: Size, text_length: int | None, symbols: int):
+        super().__init__()
+        self.text = None if text_length is None else TextInput(c, size, text_length, symbols)
+        self.res = Res(c, c, size)
+
+    def forward(self, h: Tensor, y: Tensor | None) -> Tensor:
+        return self.res(h if self.text is None else self.text(h, y))
+
+
 class HVAE(nn.Module):
     """Hierarchical VAE. HVAE() is the architecture of checkpoints/hvae.pt.
 
@@ -224,7 +245,7 @@ class HVAE(nn.Module):
         context: (rows, columns) of the window of earlier pixels that p(x_i | z, window) sees, see
             hvae/context.py; None: pixels are independent given z. A 'gaussian' needs None.
         prior_context: the same for the priors of latent maps, see hvae/prior.py (but for z_L of a
-            chain); None: positions are independent given the levels above.
+            chain), and PriorFeatures; None: positions are independent given the levels above.
         mixtures: components of the logistic.
         sigma: of the gaussian, for images in [-1, 1]; None learns it.
         flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector; 0 is
@@ -294,7 +315,7 @@ class HVAE(nn.Module):
     def add_levels(
         self, widths: Sequence[int], sizes: Sequence[Size], down: Sequence[Sequence[Layer]]
     ) -> None:
-        """The latents z_1 ... z_L, with the windows and the flow of their priors."""
+        """The latents z_1 ... z_L, with the windows, their features and the flow of the priors."""
         L, c_z, window = len(widths), self.config["latent_channels"], self.config["prior_context"]
         self.levels = nn.ModuleList()
         for l in range(L):
@@ -306,13 +327,19 @@ class HVAE(nn.Module):
             has_earlier = pixels(sizes[l]) > 1  # positions of the map
             if window and has_earlier and (self.top_down or not top):
                 self.levels[l].window = WindowNetwork(c_z[l], c_h, window)
+                if not top and not sizes[l + 1]:
+                    text = (self.text_length, len(self.charset))
+                    self.levels[l].prior_features = PriorFeatures(c_h, sizes[l], *text)
         flow = flow_couplings(self.config["flow"], c_z[-1], sizes[-1], self.top_down and L > 1)
         self.config["flow"] = flow
         if flow:
             self.levels[-1].flow = Flow(c_z[-1], flow)
 
     def add_text_inputs(self, c_top: int, sizes: Sequence[Size]) -> None:
-        """Where the text enters: after z_l at every level, and into a ladder's first features."""
+        """Where the text enters: after z_l at every level, and into a ladder's first features.
+
+        It also enters the PriorFeatures of a map below a vector.
+        """
         text = lambda c, size: TextInput(c, size, self.text_length, len(self.charset))
         self.texts = nn.ModuleList(
             text(level.from_z.weight.shape[0], size)
@@ -407,7 +434,7 @@ class HVAE(nn.Module):
         h = self.start(len(x) * draws, y)
         for l in reversed(range(len(self.levels))):
             level = self.levels[l]
-            p = level.prior(h)
+            p = level.prior(h, y)
             if self.top_down:
                 q = level.posterior(up[l], h, p)
                 z = q.sample(generator=generator)
@@ -467,7 +494,7 @@ class HVAE(nn.Module):
         for l in reversed(range(len(self.levels))):
             z = None if latents is None else latents[l]
             if z is None:
-                z = self.levels[l].prior(h).sample(temperature, generator)
+                z = self.levels[l].prior(h, y).sample(temperature, generator)
             h = self.descend(l, h, z, y)
         return self.p_x(h)
 

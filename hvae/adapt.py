@@ -42,13 +42,14 @@ def fitted_weights(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
     before, after = old.state_dict(), new.state_dict()
     weights = {name: w for name, w in before.items() if name in after}
     for name, w in weights.items():
+        of_text = any(part.startswith("text") for part in name.split("."))
         if name.endswith("embedding.weight"):
             weights[name] = fitted_symbols(w, after[name], old.charset, new.charset)
         elif name == "h_top" and w.dim() == 4:
             weights[name] = stretched(w, after[name].shape[2:])
-        elif name.startswith("text") and old.text_length != new.text_length:
+        elif of_text and old.text_length != new.text_length:
             weights[name] = fitted_places(name, w, after[name])
-        elif name.startswith("text") and w.dim() == 3:  # where a symbol is
+        elif of_text and w.dim() == 3:  # where a symbol is
             weights[name] = stretched(w, after[name].shape[1:])
     weights.update(fitted_blocks(old, new))
     return {name: w for name, w in weights.items() if w.shape == after[name].shape}

@@ -69,7 +69,7 @@ class WindowPrior:
     """The density of z = mu + sigma u (B, c_z, H, W), u from the mixtures of `network`.
 
     mu and sigma are those of `base`, the Gaussian without a window; h (B, c_h, H, W) are the
-    generation features.
+    generation features, or what PriorFeatures makes of them.
     """
 
     def __init__(self, base: DiagonalGaussian, network: WindowNetwork, h: Tensor):

@@ -147,9 +147,14 @@ class Run:
             warnings.warn(f"{path}: resuming with {', '.join(changes)}", stacklevel=2)
         for name, module in (("model", self.model), ("average", self.average)):
             prefix = f"{name}."
-            module.load_state_dict(
-                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            )
+            weights = {
+                k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
+            }
+            if weights.keys() != module.state_dict().keys():
+                raise InputError(
+                    f"{path}: another version of this code trained it, with other layers"
+                )
+            module.load_state_dict(weights)
         for optimizer, groups in zip(self.optimizers, metadata["optimizers"], strict=True):
             restore_optimizer(optimizer, tensors, groups)
         vars(self.clip).update(metadata["clip"])

@@ -69,7 +69,7 @@ def test_symbols_and_places_that_both_have():
     model = tiny()
     other = tiny(charset="XCA", text_length=5)
     weights = fitted_weights(model, other)
-    for name in ("text_top", "texts.0", "texts.2"):
+    for name in ("text_top", "texts.0", "texts.2", "levels.1.prior_features.text"):
         before, after = model.state_dict(), {**other.state_dict(), **weights}
         embedding = f"{name}.embedding.weight"
         assert torch.equal(after[embedding][1:], before[embedding][[2, 0]])

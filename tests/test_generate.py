@@ -187,7 +187,7 @@ def test_text_is_what_is_drawn(conditional):
     model = HVAE.load(conditional)
     images = {text: tiles(sheet(conditional, "--n", 5, "--text", text), 5) for text in ("AB", "BA")}
     for text, image in images.items():
-        assert torch.equal(image, as_saved(model.sample(5, text, generate.TEMPERATURE, seeded())))
+        assert torch.equal(image, as_saved(model.sample(5, text, 1.0, seeded())))
     assert not torch.equal(images["AB"], images["BA"])
 
 
@@ -513,7 +513,7 @@ def test_sample_sheet(kind):
     assert image.shape == (3, 2 * (H + 2) + 2, 3 * (W + 2) + 2)
     assert image.min() >= 0 and image.max() <= 1 and not image.requires_grad
     assert not torch.equal(image, sample_sheet(model, 5, columns=3, seed=1))
-    samples = model.sample(5, None, generate.TEMPERATURE, seeded())
+    samples = model.sample(5, None, 1.0, seeded())
     assert torch.equal(image, make_grid(samples, nrow=3, pad_value=1))
 
 
@@ -709,7 +709,7 @@ def test_plot_levels_keeps_the_other_levels():
     latents = model.encode(x, y, seeded(1))
     for level, z in zip(model.levels, latents, strict=True):
         z = z.expand(2, *z.shape[1:])
-        level.prior = lambda h, z=z: DiagonalGaussian(z, torch.full_like(z, -80.0))
+        level.prior = lambda h, y, z=z: DiagonalGaussian(z, torch.full_like(z, -80.0))
     model.encode = lambda *_: latents
     for row in pictures(plot_levels(model, items, 2), 4)[1:]:
         torch.testing.assert_close(row, as_shown(model.decode(latents, y).image).expand_as(row))

@@ -118,6 +118,23 @@ def test_the_top_of_a_ladder_may_be_a_map_with_a_window(inference, has_window):
     assert model.sample(2, ["7K", "QX"]).isfinite().all()
 
 
+@torch.no_grad()
+def test_a_map_below_a_vector_asks_for_its_symbols():
+    """The mixtures of its prior know the text; its base Gaussian, and so q, does not."""
+    torch.manual_seed(0)
+    model = HVAE(**{**SMALL, "text_length": 2, "charset": "AB"}).eval()
+    assert [level.prior_features is not None for level in model.levels] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    y = torch.tensor([[0, 1], [1, 0]])
+    h = model.generation[3](torch.randn(1, 8)).expand(2, -1, -1, -1)
+    p = model.levels[2].prior(h, y)
+    assert torch.equal(*p.base.mu) and not torch.allclose(*p.from_h)
+
+
 def test_trained_saved_and_sampled(tmp_path):
     model = HVAE(**SMALL)
     data = [(torch.rand(3, 16, 24), torch.zeros(0, dtype=torch.long)) for _ in range(40)]

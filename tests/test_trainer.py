@@ -30,7 +30,7 @@ import generate
 import trainer
 from dataset import CaptchaDataset, CaptchaFolder
 from generate import held_out_images
-from hvae.checkpoint import read_csv, read_tensors, write_csv
+from hvae.checkpoint import read_csv, read_tensors, write_csv, write_tensors
 from hvae.run import GradientClipper, ema_with_warmup
 from model import CONFIGS, HVAE, WITHOUT_WINDOWS
 from trainer import (
@@ -585,6 +585,17 @@ def test_resume_can_extend_a_run(tmp_path):
     assert HVAE.load(tmp_path / "hvae.pt").provenance["steps"] == 8
 
 
+def test_resume_of_a_state_with_other_layers(tmp_path):
+    """As an earlier version of this code may have written."""
+    out = tmp_path / "run"
+    fit(out, steps=2)
+    tensors, metadata = read_tensors(out / "state.pt")
+    tensors.pop("model.to_image.bias")
+    write_tensors(out / "state.pt", tensors, metadata)
+    with pytest.raises(ValueError, match="state.pt: another version"):
+        fit(out, steps=4, resume=True)
+
+
 def test_resume_tells_what_is_different(tmp_path):
     fit(tmp_path, steps=4)
     with warnings.catch_warnings():
@@ -888,7 +899,7 @@ def test_validation_data_are_not_trained_on(tmp_path):
         train(trainer.model_for(data), data, out=tmp_path)
 
 
-# ---------------------------------------------------------------------------- fitting p(z_L)
+# ---------------------------------------------------------------------------- fitting priors
 
 
 def test_fit_prior_changes_only_the_flow_and_lowers_the_top_kl():
@@ -913,8 +924,27 @@ def test_fit_prior_encodes_images_as_they_were_in_training(binarise):
     assert bool(((seen[0] == 0) | (seen[0] == 1)).all()) is binarise
 
 
-def test_no_flow_to_fit():
-    with pytest.raises(ValueError, match="no flow"):
+def test_fit_prior_fits_the_map_below_a_vector_too():
+    data = CaptchaDataset(40, image_size=(16, 40), text_length=2, charset="AB")
+    inner = [[("conv", 8, 2)], [("dense", 8)]]
+    model = trainer.model_for(data, outer_config=[("conv", 8, 4)], inner_config=inner)
+    nn.init.normal_(model.levels[1].q.out.bias[:8], std=2.0)
+    before, kl = copy.deepcopy(model.state_dict()), evaluate(model, data)["kl"]
+    fit_prior(model, data, steps=40, batch_size=8, lr=5e-3, workers=0)
+    changed = [name for name, w in model.state_dict().items() if not torch.equal(w, before[name])]
+    parts = ("levels.2.flow", "levels.1.window", "levels.1.prior_features")
+    assert {part for name in changed for part in parts if name.startswith(part)} == set(parts)
+    assert all(name.startswith(parts) for name in changed)
+    assert evaluate(model, data)["kl"][1] < kl[1] - 1
+
+
+def test_no_prior_to_fit():
+    """A chain's z_2 was drawn from its z_1, so other draws of z_1 would not go with it."""
+    chain = tiny(**VECTOR_TOP, inference="bottom-up", prior_context=(1, 1))
+    assert chain.levels[0].prior_features is not None
+    with pytest.raises(ValueError, match="nothing to fit"):
+        fit_prior(chain, bars())
+    with pytest.raises(ValueError, match="nothing to fit"):
         fit_prior(tiny(**VECTOR_TOP, flow=0), bars())
 
 
@@ -1486,10 +1516,10 @@ def test_script_fits_the_prior(tmp_path, capsys):
     fit_prior_script.main([str(tmp_path / "with.pt"), *options])
     fitted = HVAE.load(out)
     assert fitted.config == HVAE.load(tmp_path / "with.pt").config
-    assert fitted.provenance["prior_fit"] == {"images": 5, "steps": 2, "batch_size": 256}
+    assert fitted.provenance["prior_fit"] == {"images": 5, "steps": 2, "batch_size": 128}
     assert fitted.provenance["held_out"]["images"] == len(hold_out(data, 0)[1])
     before = out.read_bytes()
-    for name, message in (("with", "is there already"), ("without", "no flow")):
+    for name, message in (("with", "is there already"), ("without", "nothing to fit")):
         with pytest.raises(SystemExit):
             fit_prior_script.main([str(tmp_path / f"{name}.pt"), *options])
         assert message in capsys.readouterr().err

@@ -99,7 +99,7 @@ def main() -> None:
         sampling = rate(batch, lambda m=model: m.eval().sample(batch).cpu(), args.seconds)
         print(f"sampling, {name:27s}  {sampling:8.0f} images/s")
         if device.type == "cpu":
-            a_set = SampleBatches(model, 2 * BATCH * torch.get_num_threads(), temperature=1.0)
+            a_set = SampleBatches(model, 2 * BATCH * torch.get_num_threads())
             sampling = rate(a_set.n, lambda s=a_set: list(s.by_all_cores()), args.seconds)
             print(f"· a set, by a process on each core {sampling:8.0f} images/s")
         step = step_of(model, device, batch)
