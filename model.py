@@ -656,17 +656,16 @@ class HVAE(nn.Module):
 
     @torch.no_grad()
     def set_output_level(self, x: Tensor) -> None:
-        """Sets the output biases that are still zero from images x (B, C, H, W).
+        """Sets the output bias and p(c|z), where they are untrained, from images x (B, C, H, W).
 
         Images with numbers that are not finite are left out.
         """
         x = x[x.isfinite().flatten(1).all(1)]
-        context = self.context
         if len(x) and not self.to_image.bias.any():  # the constructor's zeros
-            start = context or LIKELIHOODS[self.config["likelihood"]]
+            start = self.context or LIKELIHOODS[self.config["likelihood"]]
             start.start_at(self.to_image.bias, x)
-        elif len(x) and context and not (context.binary or context.first.weight.any()):
-            context.start_first_at(x)
+        if len(x) and self.context is not None:
+            self.context.start_palette_at(x)
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Writes config, weights and provenance into one safetensors file.

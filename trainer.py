@@ -61,7 +61,7 @@ from model import CONFIGS, HVAE, ELBOTerms, Level
 SHORT_RUN = 2_000  # steps
 CAPTCHA_VALUES = 3 * 60 * 160  # of the image for which the default of free_nats was found
 FROZEN_PIXEL_WEIGHT = 0.3  # the least in the last phase, where latents have nothing to lose
-VERSION = "2.1"  # of this code, written into every checkpoint
+VERSION = "2.2"  # of this code, written into every checkpoint
 
 
 # ---------------------------------------------------------------------------- hyperparameters

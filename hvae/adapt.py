@@ -52,6 +52,8 @@ def fitted_weights(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
         elif of_text and w.dim() == 3:  # where a symbol is
             weights[name] = stretched(w, after[name].shape[1:])
     weights.update(fitted_blocks(old, new))
+    if old.input_shape[0] != new.input_shape[0]:  # a palette's levels are other ones
+        weights = {name: w for name, w in weights.items() if "context.palette" not in name}
     return {name: w for name, w in weights.items() if w.shape == after[name].shape}
 
 

@@ -8,9 +8,7 @@ mixtures of discretised logistics (PixelCNN++, Salimans et al. 2017), each given
 before it; binary pixels are Bernoulli.
 
 An image has few colours, and a window inside a stroke may miss some. So windows of 8-bit images
-have two more values: the image's first pixel, which is often the paper, and the contrast: of all
-pixels above, up to the window's right edge, the value farthest from the first pixel. The first
-pixel itself has no window: each of its 256 levels has a probability of its own.
+begin with three colours of the image, its palette: see hvae/palette.py.
 
 The windows of N chosen pixels are gathered, and linear layers do the rest: a masked convolution
 and 1x1 convolutions, of these pixels only. The same code scores all pixels of an image, or a random
@@ -22,40 +20,19 @@ Most tensors have the pixels last, (..., N): arithmetic on many short rows is sl
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvae.distributions import Bernoulli, Gaussian, channel_means, log_discretised_logistic
+from hvae.distributions import Bernoulli, Gaussian, LogisticMixture, channel_means
+from hvae.palette import PaletteNetwork, palette_of
 
-BASES = 6  # that a mean starts from: left, above, a gradient, z's own guess, first, contrast
+BASES = 6  # that a mean starts from: left, above, a gradient, a blend, paper, ink
 CHUNK = 1 << 16  # pixels scored at once: bounds the memory
 KEEP_EDGE, KEEP_FLAT = 0.05, 0.01  # shares of the pixels of 60x160 that a training step scores
 GUESS_SIGMA = 0.4  # for images in [-1, 1]
 CORRUPT = 0.005  # share of the window's values that are replaced at random in training
-
-
-class LogisticMixture(NamedTuple):
-    """N mixtures of K logistics, discretised to levels 0 ... 255: (K, N) each."""
-
-    logit: Tensor  # of the components' weights
-    mean: Tensor
-    log_scale: Tensor
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """(N,) nats, of levels (N,)."""
-        log_p = log_discretised_logistic(value, value - self.mean, self.log_scale)
-        return torch.logsumexp(self.logit + log_p, 0) - torch.logsumexp(self.logit, 0)
-
-    def draw(self, noise: Tensor) -> Tensor:
-        """Levels (N,) from uniform noise (2, N): one number picks the component."""
-        cumulative = (self.logit - self.logit.amax(0)).exp().cumsum(0)
-        k = (cumulative[:-1] < noise[0] * cumulative[-1]).sum(0, keepdim=True)
-        mean, log_scale = self.mean.gather(0, k)[0], self.log_scale.gather(0, k)[0]
-        value = mean + log_scale.exp() * torch.logit(noise[1])
-        return value.round().clamp(0, 255)
 
 
 class ContextNetwork(nn.Module):
@@ -80,7 +57,7 @@ class ContextNetwork(nn.Module):
         self.channels, self.mixtures = channels, mixtures
         self.binary = likelihood == "bernoulli"
         self.taps = self.rows * (2 * self.columns + 1) + self.columns  # the left pixel is the last
-        self.taps += 0 if self.binary else 2  # the first pixel, the contrast
+        self.taps += 0 if self.binary else 3  # the palette
         self.from_window = nn.Linear(channels * (self.taps + 1), width)
         self.from_z = nn.Linear(self.features, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
@@ -93,8 +70,8 @@ class ContextNetwork(nn.Module):
         self.from_earlier = nn.ModuleList(nn.Linear((BASES + 1) * c, width) for c in later)
         self.slopes = nn.ModuleList(nn.Linear(width, c) for c in later)
         self.log_ridge = nn.Parameter(torch.tensor(2.5)) if channels > 1 else None
-        self.first = nn.Linear(self.features, 256 * channels)
-        nn.init.zeros_(self.first.weight)
+        self.coverage = nn.Linear(width, 1)
+        self.palette = PaletteNetwork(self.features, channels)
         with torch.no_grad():
             for slopes in self.slopes:
                 slopes.weight *= 0.1
@@ -109,18 +86,14 @@ class ContextNetwork(nn.Module):
 
     @torch.no_grad()
     def start_at(self, bias: Tensor, x: Tensor) -> None:
-        """Starts at images x: z's guess at their level, by the bias of f, and the first pixel."""
+        """Sets the bias of f so that z's guess starts at the level of images x."""
         means = channel_means(x)
         bias[: self.channels] = means.logit() if self.binary else 2 * means - 1
-        if not self.binary:
-            self.start_first_at(x)
 
-    @torch.no_grad()
-    def start_first_at(self, x: Tensor) -> None:
-        """Starts the first pixel at its frequencies in images x."""
-        levels = (255 * x[:, :, 0, 0]).round().clamp(0, 255).long()
-        counts = F.one_hot(levels, 256).sum(0)  # (C, 256)
-        self.first.bias.copy_((counts + 0.01).log().flatten())
+    def start_palette_at(self, x: Tensor) -> None:
+        """Starts an untrained p(c|z) at the palettes of images x."""
+        if not self.binary:
+            self.palette.start_at(palette_of((255 * x).round()))
 
     def score_or_draw(
         self, window: Tensor, f: Tensor, x: Tensor | None, noise: Tensor | None = None
@@ -136,16 +109,12 @@ class ContextNetwork(nn.Module):
         if not self.binary:
             differences = window - left
             h = self.trunk(torch.cat([root(differences), left / 64 - 3]), f)
-            return self.logistics(h, window, channel_products(differences), f, x, noise)
+            return self.logistics(h, window, channel_products(differences), x, noise)
         h = self.trunk(torch.cat([window, torch.zeros_like(left)]), f)
         logit = (self.out(h).to(window) + f[:, : self.channels].to(window)).T
         if x is None:
             return (noise[:, 0] < logit.sigmoid()).to(window), None
         return x, -F.binary_cross_entropy_with_logits(logit, x, reduction="none")
-
-    def first_pixel(self, f: Tensor) -> Tensor:
-        """log p of the levels of images' first pixels, (N, C, 256)."""
-        return self.first(f).float().unflatten(1, (-1, 256)).log_softmax(2)
 
     def trunk(self, seen: Tensor, f: Tensor) -> Tensor:
         """What the window, `seen` (taps + 1, C, N), and z say, (N, width)."""
@@ -159,7 +128,6 @@ class ContextNetwork(nn.Module):
         h: Tensor,
         window: Tensor,
         products: list[list[Tensor]],
-        f: Tensor,
         x: Tensor | None,
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +136,7 @@ class ContextNetwork(nn.Module):
         A mean moves with each earlier channel's residual by a slope. Slopes are ridge regressions
         over the window's pixels, by their `products`, shrunk towards a prediction from h.
         """
-        bases = self.bases(window, f)  # (BASES, C, N)
+        bases = self.bases(window, self.coverage(h).to(window).T.sigmoid())  # (BASES, C, N)
         values, log_p, residuals = [], [], []
         for c in range(self.channels):
             base, hidden = bases[:, c], h
@@ -189,14 +157,17 @@ class ContextNetwork(nn.Module):
             residuals.append(value - base)  # (BASES, N)
         return torch.stack(values), torch.stack(log_p) if log_p else None
 
-    def bases(self, window: Tensor, f: Tensor) -> Tensor:
-        """The levels that means start from, (BASES, C, N)."""
+    def bases(self, window: Tensor, coverage: Tensor) -> Tensor:
+        """The levels that means start from, (BASES, C, N).
+
+        The blend is between paper and the deepest colour, by a coverage (1, N) from 0 to 1.
+        """
         up = -2 * self.columns - 1
         left, above, corner = window[-1], window[up], window[up - 1]
         gradient = (left + above - corner).clamp(0, 255)
-        guess = 127.5 * (f[:, : self.channels].to(window).T + 1)
-        first, contrast = window[0], window[1]
-        return torch.stack([left, above, gradient, guess, first, contrast])
+        paper, ink, deepest = window[:3]
+        blend = paper + coverage * (deepest - paper)
+        return torch.stack([left, above, gradient, blend, paper, ink])
 
     def mixture(self, c: int, hidden: Tensor, base: Tensor) -> LogisticMixture:
         logit, shift, log_scale = self.out[c](hidden).T.to(base).contiguous().chunk(3)
@@ -238,11 +209,11 @@ class Pixels:
         return Gaussian(self.guess, log_sigma).log_prob(x)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """(B,) nats."""
+        """(B,) nats; of 8-bit images the bound of hvae/palette.py."""
         every = torch.arange(len(self.f), device=self.f.device)
-        canvases = self.canvases(x)
-        parts = [self.score(canvases, canvases, i).sum(1) for i in every.split(CHUNK)]
-        return torch.cat(parts).view(len(x), -1).sum(1)
+        canvas, palette = self.canvas(x), self.palette_of(x)
+        parts = [self.score(canvas, canvas, palette, i).sum(1) for i in every.split(CHUNK)]
+        return torch.cat(parts).view(len(x), -1).sum(1) + self.log_prob_of_palette(palette)
 
     def estimate(self, x: Tensor) -> Tensor:
         """log_prob for training, (B,) nats: from a random part of the pixels, weighted by 1/share.
@@ -254,42 +225,34 @@ class Pixels:
         if self.network.binary:
             return self.log_prob(x)
         keep = torch.where(is_flat(x), KEEP_FLAT, KEEP_EDGE) * (9600 / math.prod(self.size))
-        keep = keep.clamp(max=1)
-        keep[:, 0, 0] = 1  # the first pixel: in every window, and predicted by z alone
-        keep = keep.flatten()
+        keep = keep.clamp(max=1).flatten()
         i = (torch.rand_like(keep) < keep).nonzero()[:, 0]
         image = i // math.prod(self.size)
         other = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
         seen = torch.where(torch.rand_like(x) < CORRUPT, other, x)
-        log_p = self.score(self.canvases(x), self.canvases(seen), i).sum(1)
-        return x.new_zeros(len(x)).index_add(0, image, log_p / keep[i])
+        palette = self.palette_of(x)
+        log_p = self.score(self.canvas(x), self.canvas(seen), palette, i).sum(1)
+        log_p = x.new_zeros(len(x)).index_add(0, image, log_p / keep[i])
+        return log_p + self.log_prob_of_palette(palette)
 
-    def score(self, canvases: Sequence[Tensor], seen: Sequence[Tensor], i: Tensor) -> Tensor:
+    def score(self, canvas: Tensor, seen: Tensor, palette: Tensor | None, i: Tensor) -> Tensor:
         """log p (N, C) of the pixels i, which count through (B, H, W), given windows of `seen`."""
-        x = canvases[0].index_select(0, self.places(i))
-        window, f = self.window(*seen, i), self.f.index_select(0, i).to(x)
-        log_p = self.network.score_or_draw(window, f, x.T)[1].T
-        if self.network.binary:
-            return log_p
-        first = (i % math.prod(self.size) == 0).nonzero()[:, 0]
-        level = x[first, :, None].nan_to_num().clamp(0, 255).long()
-        of_first = self.network.first_pixel(f[first]).gather(2, level)[..., 0]
-        of_first = of_first + 0 * x[first]  # the score of a broken image is NaN
-        return log_p.index_copy(0, first, of_first.to(log_p))
+        x = canvas.index_select(0, self.places(i))
+        f = self.f.index_select(0, i).to(x)
+        return self.network.score_or_draw(self.window(seen, palette, i), f, x.T)[1].T
 
-    def canvases(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Canvases of x in levels, and of its extremes above and to the left of each pixel."""
-        x = (self.levels * x).round()
-        canvas = self.canvas(x, self.outside)
-        if self.network.binary:  # which has no use for the extremes
-            return canvas, canvas, canvas
-        low, high = x.cummin(2).values.cummin(3).values, x.cummax(2).values.cummax(3).values
-        return canvas, self.canvas(low, 255), self.canvas(high, 0)
+    def palette_of(self, x: Tensor) -> Tensor | None:
+        """Of images x, (B, 3, C) levels; binary ones have none."""
+        return None if self.network.binary else palette_of((self.levels * x).round())
 
-    def canvas(self, x: Tensor, outside: int) -> Tensor:
-        """Values of images, row by row with margins, (B * (rows + H) * pitch, C)."""
+    def log_prob_of_palette(self, palette: Tensor | None) -> Tensor | int:
+        """log p(c|z), (B,) nats."""
+        return 0 if palette is None else self.network.palette.log_prob(palette, self.parameters)
+
+    def canvas(self, x: Tensor) -> Tensor:
+        """Levels of images, row by row with margins, (B * (rows + H) * pitch, C)."""
         sides, top = self.network.columns, self.network.rows
-        x = F.pad(x, (sides, sides, top, 0), value=outside)
+        x = F.pad((self.levels * x).round(), (sides, sides, top, 0), value=self.outside)
         return x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
 
     def places(self, i: Tensor) -> Tensor:
@@ -298,11 +261,11 @@ class Pixels:
         row, image = i // w, i // (h * w)
         return (row + (image + 1) * self.network.rows) * self.pitch + i % w + self.network.columns
 
-    def window(self, canvas: Tensor, low: Tensor, high: Tensor, i: Tensor) -> Tensor:
-        """The windows of the pixels i, (taps, C, N): [first, contrast], the rest in reading order.
+    def window(self, canvas: Tensor, palette: Tensor | None, i: Tensor) -> Tensor:
+        """The windows of the pixels i, (taps, C, N): the palette, then pixels in reading order.
 
         In every row above, and in its own, a window is a run of pixels; the last run is cut before
-        the pixel itself. `low` and `high` are canvases of the extremes above and to the left.
+        the pixel itself.
         """
         net, places = self.network, self.places(i)
         rows, columns, c = net.rows, net.columns, net.channels
@@ -311,51 +274,46 @@ class Pixels:
         window = runs.index_select(0, (above[:, None] + places - columns).flatten())
         window = window.view(rows + 1, len(i), -1, c).permute(0, 2, 3, 1).flatten(0, 1)
         window = window[: rows * (2 * columns + 1) + columns]
-        if net.binary:
+        if palette is None:
             return window
-        h, w = self.size
-        corner = self.places(i - i % (h * w))
-        margin = 0  # a place outside of the images
-        first = canvas.index_select(0, torch.where(i % (h * w) == 0, margin, corner))
-        up = places - self.pitch + (w - 1 - i % w).clamp(max=columns)
-        low, high = low.index_select(0, up), high.index_select(0, up)
-        contrast = torch.where(first - low >= high - first, low, high)
-        return torch.cat([torch.stack([first.T, contrast.T]), window])
+        colours = palette.index_select(0, i // math.prod(self.size)).permute(1, 2, 0)
+        return torch.cat([colours.to(window), window])
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """An exact draw of p(x|z), (B, C, H, W) in [0, 1]; the pixels of a front at once."""
+        """A draw, (B, C, H, W) in [0, 1]: the palette, then the pixels of a front at once."""
         (h, w), c, device = self.size, self.network.channels, self.f.device
-        batch = len(self.parameters)
-        dtype = self.network.from_z.weight.dtype
+        batch, dtype = len(self.parameters), self.network.from_z.weight.dtype
         empty = torch.zeros(batch, c, h, w, device=device, dtype=dtype)
         if not batch:
             return empty
-        canvas, low, high = (self.canvas(empty, outside) for outside in (self.outside, 255, 0))
-        source = generator.device if generator else device
-        shape = (batch * h * w, c, 2)
-        noise = torch.rand(shape, generator=generator, dtype=canvas.dtype, device=source)
-        noise = noise.to(device).clamp(1e-6, 1 - 1e-6)
+        noise = lambda *shape: uniform(shape, dtype, device, generator)
+        palette = None
+        if not self.network.binary:
+            palette = self.network.palette.sample(self.parameters, noise(3 * c, 2, batch))
+        canvas, of_pixels = self.canvas(empty), noise(batch * h * w, c, 2)
         first = h * w * torch.arange(batch, device=device)[:, None]
-        for k, pixels in enumerate(fronts(h, w, self.network.columns, device)):
+        for pixels in fronts(h, w, self.network.columns, device):
             i = (first + pixels).flatten()
-            places, f = self.places(i), self.f.index_select(0, i).to(canvas)
-            if k == 0 and not self.network.binary:
-                cumulative = self.network.first_pixel(f).exp().cumsum(2)
-                x = (cumulative < noise[i, :, :1]).sum(2).clamp(max=255).to(canvas)
-            else:
-                window = self.window(canvas, low, high, i)
-                its_noise = noise.index_select(0, i).permute(1, 2, 0)
-                x = self.network.score_or_draw(window, f, None, its_noise)[0].T
-            canvas.index_copy_(0, places, x)
-            if self.network.binary:
-                continue
-            for extreme, farther in ((low, torch.minimum), (high, torch.maximum)):
-                left = extreme.index_select(0, places - 1)
-                above = extreme.index_select(0, places - self.pitch)
-                extreme.index_copy_(0, places, farther(x, farther(left, above)))
+            f = self.f.index_select(0, i).to(canvas)
+            its_noise = of_pixels.index_select(0, i).permute(1, 2, 0)
+            window = self.window(canvas, palette, i)
+            x = self.network.score_or_draw(window, f, None, its_noise)[0].T
+            canvas.index_copy_(0, self.places(i), x)
         drawn = canvas[self.places(torch.arange(batch * h * w, device=device))] / self.levels
         return drawn.view(batch, h, w, c).permute(0, 3, 1, 2)
+
+
+def uniform(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Noise in (0, 1); the generator may live on another device."""
+    source = generator.device if generator else device
+    noise = torch.rand(shape, generator=generator, dtype=dtype, device=source)
+    return noise.to(device).clamp(1e-6, 1 - 1e-6)
 
 
 def fronts(h: int, w: int, columns: int, device: torch.device) -> Sequence[Tensor]:

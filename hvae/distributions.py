@@ -2,6 +2,7 @@
 
     latents    DiagonalGaussian and kl_divergence; FlowPrior for a vector z_L
     images     Bernoulli, Gaussian, Logistic: p(x|z) from the decoder's output map
+    levels     LogisticMixture: one of 0 ... 255
 
 An image distribution has `image`, its mean in [0, 1], and `log_prob(x)`, in nats per image.
 Images x are (B, C, H, W) in [0, 1] throughout.
@@ -262,6 +263,27 @@ class Logistic:
         levels, residual = 127.5 * (x[:, None] + 1), 127.5 * self.residuals(x)
         log_p = log_discretised_logistic(levels, residual, self.log_scale + math.log(127.5))
         return torch.logsumexp(self.log_pi + log_p.sum(2), dim=1).flatten(1).sum(1)
+
+
+class LogisticMixture(NamedTuple):
+    """N mixtures of K logistics, discretised to levels 0 ... 255: (K, N) each."""
+
+    logit: Tensor  # of the components' weights
+    mean: Tensor
+    log_scale: Tensor
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """(N,) nats, of levels (N,)."""
+        log_p = log_discretised_logistic(value, value - self.mean, self.log_scale)
+        return torch.logsumexp(self.logit + log_p, 0) - torch.logsumexp(self.logit, 0)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """Levels (N,) from uniform noise (2, N): one number picks the component."""
+        cumulative = (self.logit - self.logit.amax(0)).exp().cumsum(0)
+        k = (cumulative[:-1] < noise[0] * cumulative[-1]).sum(0, keepdim=True)
+        mean, log_scale = self.mean.gather(0, k)[0], self.log_scale.gather(0, k)[0]
+        value = mean + log_scale.exp() * torch.logit(noise[1])
+        return value.round().clamp(0, 255)
 
 
 def log_discretised_logistic(level: Tensor, residual: Tensor, log_scale: Tensor) -> Tensor:

@@ -26,8 +26,11 @@ def test_the_same_model_takes_over_everything():
 
 def test_grey_images_are_seen_as_colour_images_without_colour():
     model, x = tiny(), torch.rand(2, 1, 8, 16)
+    for out in model.context.palette.out:
+        torch.nn.init.normal_(out.weight)
     grey, untrained = adapted(model, input_channels=1)
     assert all(name.startswith("context.") for name in untrained)
+    assert not any(out.weight.any() for out in grey.context.palette.out)  # starts at the data's
     seen = model.features(x.expand(-1, 3, -1, -1), draws=1)
     for one, other in zip(seen, grey.features(x, draws=1), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import trainer
 from hvae.adapt import adapted
 from hvae.context import ContextNetwork, is_flat
+from hvae.palette import palette_of, pool
 from model import CONFIGS, HVAE
 from trainer import Hyperparameters, objective, train
 
@@ -57,34 +58,114 @@ def test_probabilities_of_all_binary_images_sum_to_one(size, context, trained):
 def test_probabilities_of_all_values_of_a_pixel_sum_to_one(channels, trained):
     """The last pixel's last channel given everything before it; all 256 of its values."""
     p = distribution("logistic", channels, (3, 4), 1, trained=trained)
-    x = images("logistic", 1, channels, 3, 4).repeat(256, 1, 1, 1)
-    x[:, -1, -1, -1] = torch.arange(256) / 255
-    log_p = p.network(p.parameters.expand(256, -1, -1, -1)).log_prob(x)
-    before = channel_scores(p, x[:1])[0, -1, -1, :-1].sum()
-    canvases = p.canvases(x[:1])
-    rest = p.score(canvases, canvases, torch.arange(11)).sum() + before
-    assert (log_p - rest).exp().sum().item() == pytest.approx(1, abs=1e-7)
+    x = images("logistic", 1, channels, 3, 4)
+    every = x.repeat(256, 1, 1, 1)
+    every[:, -1, -1, -1] = torch.arange(256) / 255
+    p = p.network(p.parameters.expand(256, -1, -1, -1))
+    palette = p.palette_of(x).expand(256, -1, -1)
+    last = channel_scores(p, every, palette)[:, -1, -1, -1]
+    assert last.exp().sum().item() == pytest.approx(1, abs=1e-7)
 
 
-def channel_scores(p, x):
+def channel_scores(p, x, palette=None):
     """log p of every channel of every pixel, (B, H, W, C), as log_prob adds them up."""
-    canvases = p.canvases(x)
-    log_p = p.score(canvases, canvases, torch.arange(len(p.f)))
-    assert torch.allclose(log_p.view(len(x), -1).sum(1), p.log_prob(x))
-    return log_p.view(len(x), *p.size, -1)
+    own = p.palette_of(x)
+    canvas, every = p.canvas(x), torch.arange(len(p.f))
+    log_p = p.score(canvas, canvas, own, every).reshape(len(x), -1).sum(1)
+    assert torch.allclose(log_p + p.log_prob_of_palette(own), p.log_prob(x))
+    palette = own if palette is None else palette
+    return p.score(canvas, canvas, palette, every).reshape(len(x), *p.size, -1)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_probabilities_of_all_values_of_a_palette_sum_to_one(channels, trained):
+    """The last level of a palette given the others."""
+    net = network("logistic", channels, trained=trained).palette
+    f = torch.randn(1, ContextNetwork.features, 3, 4, dtype=torch.float64).expand(256, -1, -1, -1)
+    palette = torch.randint(256, (1, 3, channels)).double().repeat(256, 1, 1)
+    every = palette.clone()
+    every[:, -1, -1] = torch.arange(256)
+    before = palette[:1].flatten(1)
+    log_p = [
+        net.mixture(before[:, :k], pool(f[:1])).log_prob(before[:, k]) for k in range(3 * channels)
+    ]
+    ratio = (net.log_prob(every, f) - sum(log_p[:-1])).exp()
+    assert ratio.sum().item() == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31))
+def test_a_palette_is_paper_ink_and_the_deepest_colour(channels, seed):
+    """Most pixels are paper, a sixth are ink, some are between, and a few are deeper than ink."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: torch.randint(low, high, (2, channels), generator=generator).float()
+    paper, deepest = draw(220, 256), draw(0, 100)
+    share = torch.zeros(2, 1, 600)
+    share[..., :100], share[..., 100:150] = 0.7, 0.7 * torch.rand(2, 1, 50, generator=generator)
+    share[..., 150:160] = 1
+    x = (paper[..., None] + share * (deepest - paper)[..., None]).round()
+    ink = x[..., 0]
+    x = x[..., torch.randperm(600, generator=generator)].unflatten(2, (20, 30))
+    assert torch.equal(palette_of(x), torch.stack([paper, ink, deepest], 1))
+
+
+def test_the_palette_of_one_colour_is_that_colour():
+    x = torch.full((2, 3, 4, 5), 77.0)
+    assert torch.equal(palette_of(x), torch.full((2, 3, 3), 77.0))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_frequencies_of_palettes_are_their_probabilities(trained):
+    n = 20_000
+    net = network("logistic", 1, trained=trained).palette
+    f = torch.randn(1, ContextNetwork.features, 2, 2, dtype=torch.float64).expand(n, -1, -1, -1)
+    noise = torch.rand(3, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = net.sample(f, noise)[:, :2, 0].long() // 64  # four classes of the first two levels
+    frequency = (4 * drawn[:, 0] + drawn[:, 1]).bincount(minlength=16) / n
+    levels, pooled = torch.arange(256).double(), pool(f[:256])
+    paper = net.mixture(levels[:, None][:, :0], pooled).log_prob(levels)
+    ink = torch.stack(
+        [net.mixture(levels[:, None], pooled).log_prob(x.expand(256)) for x in levels]
+    )
+    expected = (paper[:, None] + ink.T).exp().view(4, 64, 4, 64).sum((1, 3)).flatten()
+    assert expected.sum().item() == pytest.approx(1, abs=1e-7)
+    assert ((frequency - expected).abs() < 4.5 * (expected / n).sqrt() + 1e-4).all()
+
+
+def test_palettes_start_at_those_of_the_data():
+    """An untrained network draws colours like those of the images that it starts at."""
+    torch.manual_seed(0)
+    paper, ink = torch.randint(230, 250, (64, 3, 1, 1)), torch.randint(40, 60, (64, 3, 1, 1))
+    x = torch.where(torch.arange(30).view(1, 1, 5, 6) < 6, ink, paper) / 255
+    net = network("logistic")
+    net.start_palette_at(x)
+    f = torch.zeros(1000, net.features, 1, 1, dtype=torch.float64)
+    drawn = net.palette.sample(f, torch.rand(9, 2, 1000).double())
+    near = ((drawn[:, 0] - 240).abs() < 20) & ((drawn[:, 1:] - 50).abs() < 20).all(1)
+    assert near.double().mean() > 0.98
+    trained = network("logistic", trained=True)
+    weights = {k: w.clone() for k, w in trained.state_dict().items()}
+    trained.start_palette_at(x)
+    assert all(torch.equal(w, weights[k]) for k, w in trained.state_dict().items())
 
 
 @pytest.mark.parametrize("likelihood, channels", KINDS)
 def test_no_pixel_depends_on_a_later_pixel_or_channel(likelihood, channels):
-    """Every pixel and channel is changed in turn: what comes before it keeps its probability."""
+    """Every pixel and channel is changed in turn: what comes before it keeps its probability.
+
+    The palette, which is drawn before the pixels, stays.
+    """
     h, w = 4, 5
     p = distribution(likelihood, channels, (h, w), 1, trained=True)
     x = images(likelihood, 1, channels, h, w)
+    palette = p.palette_of(x)
     before = channel_scores(p, x)
     for i, j, c in product(range(h), range(w), range(channels)):
         changed = x.clone()
         changed[0, c, i, j] = 1 - changed[0, c, i, j]
-        now = channel_scores(p, changed).flatten()
+        now = channel_scores(p, changed, palette).flatten()
         first = (i * w + j) * channels + c
         assert torch.equal(now[:first], before.flatten()[:first])
         assert now[first] != before.flatten()[first]
@@ -144,24 +225,24 @@ def test_frequencies_of_binary_draws_are_their_probabilities():
     assert (error < 4.5 * (probability * (1 - probability) / n).sqrt() + 1e-9).all()
 
 
-@pytest.mark.parametrize("pixel", [0, 1])
 @pytest.mark.parametrize("trained", [False, True])
-def test_frequencies_of_8_bit_draws_are_their_probabilities(trained, pixel):
-    """Red of the first pixel, and of the second if the first is always of one colour."""
+def test_frequencies_of_8_bit_draws_are_their_probabilities(trained):
+    """Red of the first pixel, where the palette is always the same."""
     n = 20_000
     p = distribution("logistic", 3, (1, 2), 1, trained=trained)
-    if pixel == 1:
-        torch.nn.init.zeros_(p.network.first.weight)
-        p.network.first.bias.data = 99.0 * (torch.arange(768) % 256 == 100).double()
+    for out in p.network.palette.out:
+        torch.nn.init.zeros_(out.weight)
+        out.bias.data[8:] = torch.tensor([100 / 128 - 1, -9.0]).repeat_interleave(8)
     many = p.network(p.parameters.expand(n, -1, -1, -1))
-    draws = many.sample(torch.Generator().manual_seed(0))[..., 0, pixel]
+    red = 255 * many.sample(torch.Generator().manual_seed(0))[:, 0, 0, 0]
     x = torch.full((256, 3, 1, 2), 100 / 255, dtype=torch.float64)
-    x[:, 0, 0, pixel] = torch.arange(256) / 255
+    x[:, 0, 0, 0] = torch.arange(256) / 255
     every = p.network(p.parameters.expand(256, -1, -1, -1))
-    red = channel_scores(every, x)[:, 0, pixel, 0].exp()
-    counts = (255 * draws[:, 0]).round().long().bincount(minlength=256)
+    palette = torch.full((256, 3, 3), 100.0, dtype=torch.float64)
+    probability = channel_scores(every, x, palette)[:, 0, 0, 0].exp()
+    counts = red.round().long().bincount(minlength=256)
     classes = torch.arange(256) // 16  # sixteen values each, so that all are frequent
-    expected = torch.zeros(16, dtype=torch.float64).index_add(0, classes, red)
+    expected = torch.zeros(16, dtype=torch.float64).index_add(0, classes, probability)
     found = torch.zeros(16, dtype=torch.float64).index_add(0, classes, counts.double()) / n
     assert expected.sum().item() == pytest.approx(1, abs=1e-6)
     assert ((found - expected).abs() < 4.5 * (expected * (1 - expected) / n).sqrt() + 1e-4).all()
@@ -181,18 +262,6 @@ def test_estimate_is_unbiased(monkeypatch):
         estimates = many.estimate(x.expand(4000, -1, -1, -1))
     error = (estimates.mean() - p.log_prob(x)).abs()
     assert error < 4.5 * estimates.std() / 4000**0.5
-
-
-def test_the_first_pixel_starts_at_its_frequencies():
-    """Draws of an untrained network have the first colours of the images that it starts at."""
-    net = network("logistic", 3)
-    x = images("logistic", 64, 3, 5, 6)
-    x[:48, :, 0, 0], x[48:, :, 0, 0] = 1.0, 200 / 255
-    net.start_at(torch.zeros(net.features), x)
-    drawn = net(torch.zeros(2000, net.features, 1, 1, dtype=torch.float64)).sample()
-    white = (drawn == 1).double().mean((0, 2, 3))
-    assert ((white - 0.72).abs() < 0.05).all()
-    assert ((drawn == 1) | (drawn == 200 / 255)).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("likelihood, channels", KINDS)
@@ -285,8 +354,6 @@ def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
     assert model.config["prior_context"] == [3, 3]
     kept = {k: v for k, v in ladder.state_dict().items() if k.startswith(("levels.", "inference."))}
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in kept.items())
-    paper = model.context.first.bias.view(3, 256).argmax(1)  # it started at the data's, white
-    assert (paper > 200).all()
     with pytest.raises(SystemExit):
         untrained = ["--frozen-share", "1", "--out", str(tmp_path / "other")]
         trainer.main([*config, *untrained, *data, *short])
@@ -331,7 +398,7 @@ def test_the_weight_of_binary_pixels_rises_to_one():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1.5])
-def test_a_broken_first_pixel_breaks_only_its_image(value):
+def test_a_broken_pixel_breaks_only_its_image(value):
     p, x = distribution("logistic"), images("logistic", 2, 3, 5, 6)
     expected = p.log_prob(x)
     x[0, :, 0, 0] = value

@@ -16,7 +16,8 @@ Truth: are they the renderer's distribution?
                  al. 2017, with this reader in place of Inception)
     diversity    of images of one text: mean distance of two of them, in features and in pixels
     colours      standard deviation over images: of the ink (a channel's third percentile) and of
-                 the paper (its median)
+                 the paper (its median); and within an image: the root mean square distance, in
+                 levels, of its pixels from the best line through its paper
     -ELBO        on 512 captchas of the split 'test', and bits/dim where there are any
 """
 
@@ -130,6 +131,13 @@ def colours(images: Tensor, quantile: float) -> float:
     return values.std(0).mean().item()
 
 
+def off_the_line(x: Tensor) -> Tensor:
+    """(n,): how far pixels (n, 3, H, W) in [0, 1] are from a line of colours, in levels."""
+    x = 255 * x.flatten(2)
+    squares = torch.linalg.svdvals(x - x.mode(2, keepdim=True).values).square()
+    return (squares[:, 1:].sum(1) / x.shape[2]).sqrt()
+
+
 def two_sample_test(a: Tensor, b: Tensor, steps: int) -> tuple[float, float]:
     """Accuracy of a classifier that tells a from b, and half of its 95% interval.
 
@@ -158,6 +166,7 @@ def truth(draw: Draw, reader: Reader, model: HVAE, n: int, reference: Tensor) ->
         "diversity, pixels": diversity(same.float() / 255, 16),
         "colours of the ink": colours(images, 0.03),
         "colours of the paper": colours(images, 0.5),
+        "colours off a line": in_batches(off_the_line, images).mean().item(),
     }
 
 

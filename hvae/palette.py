@@ -1,0 +1,98 @@
+"""The palette of an image: paper, ink and the deepest colour, drawn before its pixels.
+
+    log p(x|z) >= log p(c|z) + log p(x|z,c)      c = palette_of(x), (3, C) levels
+
+Colours are global, and pixels that are drawn one after the other lose them: each would follow its
+neighbours. So p(x|z) is a mixture over palettes c, and each pixel sees the palette. The right side
+is log p(x, c|z) for the one c that the image has, and so a lower bound. Sampling draws c, then x.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvae.distributions import LogisticMixture
+
+LEVELS = 256
+INK, DEEPEST = 0.25, 0.9  # how far from the paper they are at least, of the farthest pixel
+
+
+def palette_of(x: Tensor) -> Tensor:
+    """The palettes of images x (B, C, H, W) in levels 0 ... 255: (B, 3, C), of x's type.
+
+    Each colour has the commonest level of every channel: of all pixels for the paper, and of those
+    far from the paper for the two others.
+    """
+    levels = x.flatten(2).nan_to_num().clamp(0, LEVELS - 1).long()
+    paper = commonest(levels, torch.ones_like(levels[:, :1]))
+    distance = (levels - paper[..., None]).abs().sum(1, keepdim=True)
+    farthest = distance.amax(2, keepdim=True)
+    far = [commonest(levels, distance >= least * farthest) for least in (INK, DEEPEST)]
+    return torch.stack([paper, *far], 1).to(x)
+
+
+def commonest(levels: Tensor, counted: Tensor) -> Tensor:
+    """(B, C), of levels (B, C, N); counted (B, 1, N) says of which pixels."""
+    counts = torch.zeros(*levels.shape[:2], LEVELS, device=levels.device)
+    return counts.scatter_add_(2, levels, counted.to(counts).expand(levels.shape)).argmax(2)
+
+
+class PaletteNetwork(nn.Module):
+    """p(c|z) for what z says, f (B, features, H, W): level after level, each given those before.
+
+    A level is a mixture of discretised logistics.
+    """
+
+    width, mixtures = 64, 8
+
+    def __init__(self, features: int, channels: int):
+        super().__init__()
+        self.shape = (3, channels)
+        earlier = range(3 * channels)
+        self.hidden = nn.ModuleList(nn.Linear(3 * features + k, self.width) for k in earlier)
+        self.out = nn.ModuleList(nn.Linear(self.width, 3 * self.mixtures) for _ in earlier)
+        for out in self.out:
+            nn.init.zeros_(out.weight)
+            nn.init.zeros_(out.bias)
+        self.start_at(torch.linspace(0, 255, 64)[:, None, None].expand(-1, *self.shape))
+
+    @torch.no_grad()
+    def start_at(self, palettes: Tensor) -> None:
+        """Starts an untrained network at the quantiles of palettes (N, 3, C)."""
+        middles = (torch.arange(self.mixtures) + 0.5) / self.mixtures
+        for out, levels in zip(self.out, palettes.flatten(1).T, strict=True):
+            if out.weight.any():
+                return
+            _, mean, log_scale = out.bias.chunk(3)
+            mean.copy_(levels.float().quantile(middles.to(levels.device)) / 128 - 1)
+            log_scale.fill_(
+                ((levels.max() - levels.min()) / (4 * self.mixtures)).clamp(min=0.5).log()
+            )
+
+    def log_prob(self, palette: Tensor, f: Tensor) -> Tensor:
+        """(B,) nats, of palettes (B, 3, C)."""
+        levels = palette.flatten(1)
+        pooled = pool(f.to(palette))
+        log_p = [self.mixture(levels[:, :k], pooled).log_prob(x) for k, x in enumerate(levels.T)]
+        return torch.stack(log_p).sum(0)
+
+    def sample(self, f: Tensor, noise: Tensor) -> Tensor:
+        """A palette (B, 3, C) from uniform noise (3 C, 2, B)."""
+        levels, pooled = noise.new_zeros(len(f), 0), pool(f.to(noise))
+        for its_noise in noise:
+            level = self.mixture(levels, pooled).draw(its_noise)
+            levels = torch.cat([levels, level[:, None]], 1)
+        return levels.unflatten(1, self.shape)
+
+    def mixture(self, earlier: Tensor, pooled: Tensor) -> LogisticMixture:
+        """Of the next level, (mixtures, B)."""
+        k = earlier.shape[1]
+        with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 rounds to half a level
+            h = F.silu(self.hidden[k](torch.cat([pooled, earlier / 64 - 2], 1)))
+            logit, mean, log_scale = self.out[k](h).T.contiguous().chunk(3)
+        return LogisticMixture(logit, 128 * (mean + 1), log_scale.clamp(-3.5, 5))
+
+
+def pool(f: Tensor) -> Tensor:
+    """Means, maxima and minima over the positions, (B, 3 features)."""
+    return torch.cat([f.mean((2, 3)), f.amax((2, 3)), f.amin((2, 3))], 1)
