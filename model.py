@@ -9,6 +9,8 @@
           + prior matching   KL(q(z_L|.) || p(z_L))      p(z_L): N(0, I), a flow, or a window
           + consistency      sum_{l<L} KL(q(z_l|.) || p(z_l|.))     all in nats per image
 
+    With a context and 8-bit images, p(x|z) stands for p(x, c|z) <= p(x|z), see hvae/palette.py.
+
 Names: x (B, C, H, W) images in [0, 1]; y (B, T) their texts as indices; d the features on the way
 up (inference), h those on the way down (generation), (B, c, H_l, W_l) or (B, c) each; z latents.
 The index of a level is l - 1: `levels[0]` holds z_1.

@@ -2,18 +2,18 @@
 
     p(x|z) = prod_i prod_c p(x_ic | f_i(z), x_j for j in the window of i, x_ic' for c' < c)
 
+An image has few colours, and a window inside a stroke may miss some. So for 8-bit images p(x|z) is
+a mixture over palettes of three colours, which every pixel sees: see hvae/palette.py.
+
 The window predicts fine detail, so z need only carry layout, glyphs and colours (PixelVAE,
 Gulrajani et al. 2017; variational lossy autoencoder, Chen et al. 2017). Channels of 8 bits are
 mixtures of discretised logistics (PixelCNN++, Salimans et al. 2017), each given the channels
 before it; binary pixels are Bernoulli.
 
-An image has few colours, and a window inside a stroke may miss some. So windows of 8-bit images
-begin with three colours of the image, its palette: see hvae/palette.py.
-
 The windows of N chosen pixels are gathered, and linear layers do the rest: a masked convolution
 and 1x1 convolutions, of these pixels only. The same code scores all pixels of an image, or a random
 part of them (training), or draws those on a slanted front (sampling). Nothing can depend on a later
-pixel, because none is ever looked up.
+pixel, because none is ever looked up; the palette is drawn before them all.
 
 Most tensors have the pixels last, (..., N): arithmetic on many short rows is slow.
 """
@@ -93,7 +93,7 @@ class ContextNetwork(nn.Module):
     def start_palette_at(self, x: Tensor) -> None:
         """Starts an untrained p(c|z) at the palettes of images x."""
         if not self.binary:
-            self.palette.start_at(palette_of((255 * x).round()))
+            self.palette.start_at(palette_of(255 * x))
 
     def score_or_draw(
         self, window: Tensor, f: Tensor, x: Tensor | None, noise: Tensor | None = None
@@ -211,7 +211,7 @@ class Pixels:
     def log_prob(self, x: Tensor) -> Tensor:
         """(B,) nats; of 8-bit images the bound of hvae/palette.py."""
         every = torch.arange(len(self.f), device=self.f.device)
-        canvas, palette = self.canvas(x), self.palette_of(x)
+        canvas, palette = self.canvas(x), self.palette(x)
         parts = [self.score(canvas, canvas, palette, i).sum(1) for i in every.split(CHUNK)]
         return torch.cat(parts).view(len(x), -1).sum(1) + self.log_prob_of_palette(palette)
 
@@ -230,24 +230,24 @@ class Pixels:
         image = i // math.prod(self.size)
         other = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
         seen = torch.where(torch.rand_like(x) < CORRUPT, other, x)
-        palette = self.palette_of(x)
+        palette = self.palette(x)
         log_p = self.score(self.canvas(x), self.canvas(seen), palette, i).sum(1)
         log_p = x.new_zeros(len(x)).index_add(0, image, log_p / keep[i])
         return log_p + self.log_prob_of_palette(palette)
 
-    def score(self, canvas: Tensor, seen: Tensor, palette: Tensor | None, i: Tensor) -> Tensor:
+    def score(self, canvas: Tensor, seen: Tensor, palette: Tensor, i: Tensor) -> Tensor:
         """log p (N, C) of the pixels i, which count through (B, H, W), given windows of `seen`."""
         x = canvas.index_select(0, self.places(i))
         f = self.f.index_select(0, i).to(x)
         return self.network.score_or_draw(self.window(seen, palette, i), f, x.T)[1].T
 
-    def palette_of(self, x: Tensor) -> Tensor | None:
-        """Of images x, (B, 3, C) levels; binary ones have none."""
-        return None if self.network.binary else palette_of((self.levels * x).round())
+    def palette(self, x: Tensor) -> Tensor:
+        """Of images x, (B, 3, C) levels; of binary ones no colours, (B, 0, C)."""
+        return x.new_zeros(len(x), 0, x.shape[1]) if self.network.binary else palette_of(255 * x)
 
-    def log_prob_of_palette(self, palette: Tensor | None) -> Tensor | int:
+    def log_prob_of_palette(self, palette: Tensor) -> Tensor | int:
         """log p(c|z), (B,) nats."""
-        return 0 if palette is None else self.network.palette.log_prob(palette, self.parameters)
+        return 0 if self.network.binary else self.network.palette.log_prob(palette, self.parameters)
 
     def canvas(self, x: Tensor) -> Tensor:
         """Levels of images, row by row with margins, (B * (rows + H) * pitch, C)."""
@@ -261,7 +261,7 @@ class Pixels:
         row, image = i // w, i // (h * w)
         return (row + (image + 1) * self.network.rows) * self.pitch + i % w + self.network.columns
 
-    def window(self, canvas: Tensor, palette: Tensor | None, i: Tensor) -> Tensor:
+    def window(self, canvas: Tensor, palette: Tensor, i: Tensor) -> Tensor:
         """The windows of the pixels i, (taps, C, N): the palette, then pixels in reading order.
 
         In every row above, and in its own, a window is a run of pixels; the last run is cut before
@@ -272,10 +272,8 @@ class Pixels:
         runs = canvas.flatten().unfold(0, (2 * columns + 1) * c, c)  # a view: a run at each place
         above = torch.arange(-rows, 1, device=i.device) * self.pitch
         window = runs.index_select(0, (above[:, None] + places - columns).flatten())
-        window = window.view(rows + 1, len(i), -1, c).permute(0, 2, 3, 1).flatten(0, 1)
+        window = window.view(rows + 1, len(i), 2 * columns + 1, c).permute(0, 2, 3, 1).flatten(0, 1)
         window = window[: rows * (2 * columns + 1) + columns]
-        if palette is None:
-            return window
         colours = palette.index_select(0, i // math.prod(self.size)).permute(1, 2, 0)
         return torch.cat([colours.to(window), window])
 
@@ -288,7 +286,7 @@ class Pixels:
         if not batch:
             return empty
         noise = lambda *shape: uniform(shape, dtype, device, generator)
-        palette = None
+        palette = empty.new_zeros(batch, 0, c)
         if not self.network.binary:
             palette = self.network.palette.sample(self.parameters, noise(3 * c, 2, batch))
         canvas, of_pixels = self.canvas(empty), noise(batch * h * w, c, 2)

@@ -1,10 +1,10 @@
-"""The palette of an image: paper, ink and the deepest colour, drawn before its pixels.
+"""The palette of an image: paper, ink, and the colour farthest from the paper, the deepest.
 
     log p(x|z) >= log p(c|z) + log p(x|z,c)      c = palette_of(x), (3, C) levels
 
 Colours are global, and pixels that are drawn one after the other lose them: each would follow its
-neighbours. So p(x|z) is a mixture over palettes c, and each pixel sees the palette. The right side
-is log p(x, c|z) for the one c that the image has, and so a lower bound. Sampling draws c, then x.
+neighbours. So p(x|z) is a mixture over palettes c, and every pixel sees c. The right side is
+log p(x, c|z) for the one c that the image has, and so a lower bound. Sampling draws c, then x.
 """
 
 import torch
@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from hvae.distributions import LogisticMixture
 
 LEVELS = 256
-INK, DEEPEST = 0.25, 0.9  # how far from the paper they are at least, of the farthest pixel
+INK, DEEPEST = 0.25, 0.9  # least distances from the paper, as shares of the farthest pixel's
 
 
 def palette_of(x: Tensor) -> Tensor:
-    """The palettes of images x (B, C, H, W) in levels 0 ... 255: (B, 3, C), of x's type.
+    """The palettes of images x (B, C, H, W) on the scale 0 ... 255: (B, 3, C) levels, of x's type.
 
-    Each colour has the commonest level of every channel: of all pixels for the paper, and of those
-    far from the paper for the two others.
+    Paper is each channel's commonest level. Ink and the deepest colour are the commonest levels of
+    the pixels that are far, and that are farthest, from the paper. As channels are counted one by
+    one, a colour may be that of no pixel.
     """
-    levels = x.flatten(2).nan_to_num().clamp(0, LEVELS - 1).long()
+    levels = x.flatten(2).nan_to_num().round().clamp(0, LEVELS - 1).long()
     paper = commonest(levels, torch.ones_like(levels[:, :1]))
     distance = (levels - paper[..., None]).abs().sum(1, keepdim=True)
     farthest = distance.amax(2, keepdim=True)
@@ -54,20 +55,22 @@ class PaletteNetwork(nn.Module):
         for out in self.out:
             nn.init.zeros_(out.weight)
             nn.init.zeros_(out.bias)
-        self.start_at(torch.linspace(0, 255, 64)[:, None, None].expand(-1, *self.shape))
+        self.set_quantiles(torch.linspace(0, 255, 64)[:, None].expand(-1, 3 * channels))
+
+    def start_at(self, palettes: Tensor) -> None:
+        """Starts at the quantiles of palettes (N, 3, C), unless it is trained."""
+        if not self.out[0].weight.any():
+            self.set_quantiles(palettes.flatten(1))
 
     @torch.no_grad()
-    def start_at(self, palettes: Tensor) -> None:
-        """Starts an untrained network at the quantiles of palettes (N, 3, C)."""
-        middles = (torch.arange(self.mixtures) + 0.5) / self.mixtures
-        for out, levels in zip(self.out, palettes.flatten(1).T, strict=True):
-            if out.weight.any():
-                return
+    def set_quantiles(self, levels: Tensor) -> None:
+        """Means at the quantiles of each column of levels (N, 3 C), and scales for their gaps."""
+        middles = (torch.arange(self.mixtures, device=levels.device) + 0.5) / self.mixtures
+        gaps = (levels.amax(0) - levels.amin(0)) / self.mixtures
+        for out, column, gap in zip(self.out, levels.float().T, gaps, strict=True):
             _, mean, log_scale = out.bias.chunk(3)
-            mean.copy_(levels.float().quantile(middles.to(levels.device)) / 128 - 1)
-            log_scale.fill_(
-                ((levels.max() - levels.min()) / (4 * self.mixtures)).clamp(min=0.5).log()
-            )
+            mean.copy_(column.quantile(middles) / 128 - 1)
+            log_scale.copy_((gap / 4).clamp(min=0.5).log())
 
     def log_prob(self, palette: Tensor, f: Tensor) -> Tensor:
         """(B,) nats, of palettes (B, 3, C)."""

@@ -1,4 +1,4 @@
-"""The local context is a true probability: causal, normalised, and drawn from exactly."""
+"""p(x|z) with a context: causal and normalised given the palette, and drawn from exactly."""
 
 from itertools import product
 
@@ -62,14 +62,14 @@ def test_probabilities_of_all_values_of_a_pixel_sum_to_one(channels, trained):
     every = x.repeat(256, 1, 1, 1)
     every[:, -1, -1, -1] = torch.arange(256) / 255
     p = p.network(p.parameters.expand(256, -1, -1, -1))
-    palette = p.palette_of(x).expand(256, -1, -1)
+    palette = p.palette(x).expand(256, -1, -1)
     last = channel_scores(p, every, palette)[:, -1, -1, -1]
     assert last.exp().sum().item() == pytest.approx(1, abs=1e-7)
 
 
 def channel_scores(p, x, palette=None):
     """log p of every channel of every pixel, (B, H, W, C), as log_prob adds them up."""
-    own = p.palette_of(x)
+    own = p.palette(x)
     canvas, every = p.canvas(x), torch.arange(len(p.f))
     log_p = p.score(canvas, canvas, own, every).reshape(len(x), -1).sum(1)
     assert torch.allclose(log_p + p.log_prob_of_palette(own), p.log_prob(x))
@@ -98,15 +98,14 @@ def test_probabilities_of_all_values_of_a_palette_sum_to_one(channels, trained):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31))
 def test_a_palette_is_paper_ink_and_the_deepest_colour(channels, seed):
-    """Most pixels are paper, a sixth are ink, some are between, and a few are deeper than ink."""
+    """Two other colours are more frequent: one nearer to the paper, and one nearer than deepest."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda low, high: torch.randint(low, high, (2, channels), generator=generator).float()
     paper, deepest = draw(220, 256), draw(0, 100)
-    share = torch.zeros(2, 1, 600)
-    share[..., :100], share[..., 100:150] = 0.7, 0.7 * torch.rand(2, 1, 50, generator=generator)
-    share[..., 150:160] = 1
+    counts = {0.0: 300, 0.15: 150, 0.6: 100, 0.8: 40, 1.0: 10}
+    share = torch.cat([torch.full((n,), at) for at, n in counts.items()])
     x = (paper[..., None] + share * (deepest - paper)[..., None]).round()
-    ink = x[..., 0]
+    ink = x[..., 450]
     x = x[..., torch.randperm(600, generator=generator)].unflatten(2, (20, 30))
     assert torch.equal(palette_of(x), torch.stack([paper, ink, deepest], 1))
 
@@ -114,6 +113,72 @@ def test_a_palette_is_paper_ink_and_the_deepest_colour(channels, seed):
 def test_the_palette_of_one_colour_is_that_colour():
     x = torch.full((2, 3, 4, 5), 77.0)
     assert torch.equal(palette_of(x), torch.full((2, 3, 3), 77.0))
+    net = network("logistic")
+    net.start_palette_at(x / 255)
+    assert all(out.bias.isfinite().all() for out in net.palette.out)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_pixel_sees_the_palette(channels):
+    p, x = distribution("logistic", channels, trained=True), images("logistic", 2, channels, 5, 6)
+    palette = p.palette(x)
+    for colour in range(3):
+        other = palette.clone()
+        other[:, colour] = 255 - other[:, colour]
+        assert (channel_scores(p, x, palette) != channel_scores(p, x, other)).all()
+
+
+def test_draws_are_a_mixture_over_palettes():
+    """Both pixels of 1x2 images: the second given drawn palettes and first pixels."""
+    n, m = 20_000, 500
+    torch.manual_seed(0)
+    net, levels = NarrowNetwork(1, (1, 1), 6, "logistic").double(), torch.arange(256) / 255
+    p = net(torch.randn(1, net.features, 1, 2, dtype=torch.float64))
+    net.palette.set_quantiles(torch.tensor([220.0, 120, 20]) + torch.linspace(-20, 20, 64)[:, None])
+    for out in net.palette.out:
+        torch.nn.init.normal_(out.weight, std=0.3)  # so that palettes depend on z
+    generator = torch.Generator().manual_seed(0)
+    drawn = net(p.parameters.expand(n, -1, -1, -1)).sample(generator).flatten(1)
+
+    noise = torch.rand(3, 2, m, dtype=torch.float64, generator=generator)
+    palettes = net.palette.sample(p.parameters.expand(m, -1, -1, -1), noise)
+    every = net(p.parameters.expand(256 * m, -1, -1, -1))
+    x = torch.zeros(m, 256, 2, dtype=torch.float64)
+
+    def probabilities(pixel):
+        x[:, :, pixel] = levels
+        scores = channel_scores(every, x.view(-1, 1, 1, 2), palettes.repeat_interleave(256, 0))
+        return scores[:, 0, pixel, 0].view(m, 256).exp()
+
+    first = probabilities(0)
+    x[:, :, 0] = first.multinomial(1, generator=generator) / 255
+    for pixel, probability in ((0, first), (1, probabilities(1))):
+        share = probability.view(m, 4, 64).sum(2)  # four classes of levels
+        found = (255 * drawn[:, pixel]).round().long().div(64, rounding_mode="floor")
+        found = found.bincount(minlength=4) / n
+        variance = share.var(0) / m + found * (1 - found) / n
+        assert ((found - share.mean(0)).abs() < 4.5 * variance.sqrt() + 1e-4).all()
+
+
+def test_the_estimate_has_all_of_the_palette(monkeypatch):
+    """It is that of the image, not of the window with replaced values, and it is learned."""
+    for name, share in (("KEEP_EDGE", 0.0), ("KEEP_FLAT", 0.0), ("CORRUPT", 1.0)):
+        monkeypatch.setattr(f"hvae.context.{name}", share)
+    p, x = distribution(trained=True), images("logistic", 2, 3, 5, 6)
+    estimate = p.estimate(x)
+    assert torch.equal(estimate, p.log_prob_of_palette(p.palette(x)))
+    estimate.sum().backward()
+    assert all(out.weight.grad.any() for out in p.network.palette.out)
+
+
+def test_a_model_starts_at_the_palettes_of_its_images():
+    torch.manual_seed(0)
+    model = HVAE([("conv", 8, 2)], [], (6, 8), text_length=None)
+    x = torch.cat([torch.full((8, 3, 6, 8), 0.9), torch.full((1, 3, 6, 8), torch.nan)])
+    model.set_output_level(x)
+    f = torch.zeros(500, ContextNetwork.features, 1, 1)
+    drawn = model.context.palette.sample(f, torch.rand(9, 2, 500))
+    assert ((drawn - 0.9 * 255).abs() < 10).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -160,7 +225,7 @@ def test_no_pixel_depends_on_a_later_pixel_or_channel(likelihood, channels):
     h, w = 4, 5
     p = distribution(likelihood, channels, (h, w), 1, trained=True)
     x = images(likelihood, 1, channels, h, w)
-    palette = p.palette_of(x)
+    palette = p.palette(x)
     before = channel_scores(p, x)
     for i, j, c in product(range(h), range(w), range(channels)):
         changed = x.clone()
