@@ -53,13 +53,13 @@ class PaletteNetwork(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(3 * features + k, self.width) for k in earlier)
         self.out = nn.ModuleList(nn.Linear(self.width, 3 * self.mixtures) for _ in earlier)
         for out in self.out:
-            nn.init.zeros_(out.weight)
+            nn.init.normal_(out.weight, std=1e-3)
             nn.init.zeros_(out.bias)
         self.set_quantiles(torch.linspace(0, 255, 64)[:, None].expand(-1, 3 * channels))
 
     def start_at(self, palettes: Tensor) -> None:
         """Starts at the quantiles of palettes (N, 3, C), unless it is trained."""
-        if not self.out[0].weight.any():
+        if not self.out[0].bias[: self.mixtures].any():  # the constructor's weights of components
             self.set_quantiles(palettes.flatten(1))
 
     @torch.no_grad()

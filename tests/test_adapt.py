@@ -27,10 +27,11 @@ def test_the_same_model_takes_over_everything():
 def test_grey_images_are_seen_as_colour_images_without_colour():
     model, x = tiny(), torch.rand(2, 1, 8, 16)
     for out in model.context.palette.out:
-        torch.nn.init.normal_(out.weight)
+        torch.nn.init.ones_(out.bias)
     grey, untrained = adapted(model, input_channels=1)
     assert all(name.startswith("context.") for name in untrained)
-    assert not any(out.weight.any() for out in grey.context.palette.out)  # starts at the data's
+    grey.context.start_palette_at(torch.full((2, 1, 8, 16), 0.5))  # as p(c|z) is untrained
+    assert grey.context.palette.out[0].bias[8:16].allclose(torch.tensor(127.5 / 128 - 1), atol=0.01)
     seen = model.features(x.expand(-1, 3, -1, -1), draws=1)
     for one, other in zip(seen, grey.features(x, draws=1), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
