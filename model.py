@@ -699,7 +699,8 @@ class HVAE(nn.Module):
             model.load_state_dict(weights)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = textwrap.shorten(str(error), 500)  # torch lists every weight
-            raise InputError(f"{path}: its config and weights do not fit: {reason}") from error
+            by = f"written by version {provenance.get('version', 'unknown')} of this code"
+            raise InputError(f"{path}, {by}: config and weights do not fit: {reason}") from error
         model.provenance = provenance
         return model.to(pick_device(device or "cpu")).eval()
 
