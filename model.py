@@ -699,8 +699,9 @@ class HVAE(nn.Module):
             model.load_state_dict(weights)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = textwrap.shorten(str(error), 500)  # torch lists every weight
-            by = f"written by version {provenance.get('version', 'unknown')} of this code"
-            raise InputError(f"{path}, {by}: config and weights do not fit: {reason}") from error
+            by = provenance.get("version", "unknown")
+            problem = f"its config and weights (version {by}) do not fit"
+            raise InputError(f"{path}: {problem}: {reason}") from error
         model.provenance = provenance
         return model.to(pick_device(device or "cpu")).eval()
 
