@@ -49,6 +49,7 @@ from hvae.validate import (
 )
 
 SPLITS = ("train", "val", "test")
+DESCRIBED = ("seed", "split", "size", "text_length", "charset", "shortest")
 MIN_SIDE = 8  # pixels of a rendered image; below, symbols cannot be told apart
 MAX_SHEET_PIXELS = 10**8  # a sheet is held in memory
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs a program
@@ -143,17 +144,11 @@ class CaptchaDataset(Dataset):
         self.description = {
             "renderer": "captcha",
             "version": version("captcha"),
-            "seed": self.seed,
-            "split": self.split,
-            "size": self.size,
+            **{name: getattr(self, name) for name in DESCRIBED},
             "image_size": [height, width],
-            "text_length": self.text_length,
-            "charset": self.charset,
             "fonts": [str(Path(font).resolve()) for font in self.fonts] if self.fonts else None,
             "font_sizes": list(self.font_sizes) if self.font_sizes else None,
         }
-        if self.shortest is not None:
-            self.description["shortest"] = self.shortest
 
     @property
     def lengths(self) -> list[int] | None:
@@ -195,6 +190,13 @@ def validate_fonts(fonts: Sequence[str | Path]) -> None:
 def validate_font_sizes(sizes: Sequence[int]) -> None:
     if not isinstance(sizes, (tuple, list)) or not sizes or not all(is_int(n, 1) for n in sizes):
         raise InputError(f"font_sizes: expected a list of whole numbers >= 1, got {sizes!r}")
+
+
+def validate_file_names(charset: str) -> None:
+    """Raises InputError unless every text can be the beginning of a file's name."""
+    for symbol in charset:
+        if symbol in UNSAFE:
+            raise InputError(f"charset: {symbol!r} cannot be part of a text in a file's name")
 
 
 def validate_path(name: str, path: str | Path) -> None:
@@ -311,12 +313,12 @@ class CaptchaFolder(Dataset):
         if self.image_size is not None or not files:
             return files
         ((self.image_size, _),) = Counter(file.size for file in files).most_common(1)
-        for path, _, _, size, _ in files:
-            if size != self.image_size:
-                is_size, usual = ("{}x{}".format(*size) for size in (size, self.image_size))
-                message = f"is {is_size} (height x width), but most images are {usual}"
-                advice = "give an image_size to resize them"
-                self.leave_out(path, InputError(f"{path}: {message}; {advice}"))
+        usual = "{}x{}".format(*self.image_size)
+        for file in files:
+            if file.size != self.image_size:
+                message = "is {}x{} (height x width)".format(*file.size)
+                message += f", but most images are {usual}; give an image_size to resize them"
+                self.leave_out(file.path, InputError(f"{file.path}: {message}"))
         return [file for file in files if file.size == self.image_size]
 
     def leave_out(self, path: Path, error: InputError) -> None:
@@ -344,17 +346,18 @@ class CaptchaFolder(Dataset):
 
     def count_lengths(self) -> list[int] | None:
         """How many texts have 1, 2, ... symbols; None if all are the longest."""
-        counts = [0] * self.text_length
-        for text in self.texts:
-            counts[len(text) - 1] += 1
-        for length, count in enumerate(counts, 1):
-            if 0 < 50 * count < len(self.texts):
-                name = self.paths[[*map(len, self.texts)].index(length)].name
+        lengths = [len(text) for text in self.texts]
+        counts = Counter(lengths)
+        for length, count in sorted(counts.items()):
+            if 50 * count < len(lengths):
+                name = self.paths[lengths.index(length)].name
                 warnings.warn(
                     f"{self.root}: few texts have {length} symbols: {count}, such as {name}",
                     stacklevel=3,
                 )
-        return None if counts[-1] == len(self.texts) else counts
+        if counts[self.text_length] == len(lengths):
+            return None
+        return [counts[n] for n in range(1, self.text_length + 1)]
 
     def indices(self, split: str | None) -> list[int]:
         """The images of a split. Where chance leaves it none, the nearest hash is taken."""
@@ -371,18 +374,12 @@ class CaptchaFolder(Dataset):
             raise InputError(f"{self.root}: {len(places)} images are too few for a split {split!r}")
         return chosen
 
-    def other_split(self, split: str, size: int) -> "CaptchaFolder":
-        """The first `size` images of another split."""
+    def other_split(self, split: str | None, size: int) -> "CaptchaFolder":
+        """The first `size` images of another split; of all if it is None."""
         other = copy.copy(self)
-        other.split, other.order = split, self.indices(split)
-        return other.first(size)
-
-    def first(self, n: int) -> "CaptchaFolder":
-        """The first n images."""
-        part = copy.copy(self)
-        part.order = self.order[:n]
-        part.description = {**self.description, "split": self.split, "count": len(part)}
-        return part
+        other.split, other.order = split, self.indices(split)[:size]
+        other.description = {**self.description, "split": split, "count": len(other)}
+        return other
 
     def __len__(self) -> int:
         return len(self.order)
@@ -403,7 +400,7 @@ def read_labels(path: Path) -> dict[str, str]:
         return {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return {row["name"]: row["text"].strip() for row in csv.DictReader(file)}
+            return {row["name"].strip(): row["text"].strip() for row in csv.DictReader(file)}
     except (KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: expected rows of name,text below that heading") from error
 
@@ -475,7 +472,6 @@ class MNIST(Dataset):
     """
 
     charset = DIGITS
-    image_size = (28, 28)
 
     def __init__(
         self, split: str = "train", root: str | Path = "data", text_length: int | None = None
@@ -548,9 +544,7 @@ def export(dataset: CaptchaDataset, folder: str | Path) -> None:
         ValueError: naming a symbol of the charset that cannot be in the text of a file's name.
         OSError: naming the file that could not be written.
     """
-    for symbol in dataset.charset:
-        if symbol in UNSAFE:
-            raise InputError(f"charset: {symbol!r} cannot be part of a text in a file's name")
+    validate_file_names(dataset.charset)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(len(dataset)), desc=str(folder), unit="image"):

@@ -9,7 +9,6 @@ functions return matplotlib figures, for notebooks; `path` also writes them to a
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,12 +23,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder, decode_text
-from hvae.checkpoint import atomic_write
+from dataset import MNIST, CaptchaDataset, CaptchaFolder, validate_file_names
+from hvae.checkpoint import write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian, binarised
 from hvae.parallel import keep_memory, pick_device
 from hvae.pictures import picture_format, write_figure, write_image
+from hvae.text import decode_text
 from hvae.validate import InputError, validate_int, validate_number
 from model import HVAE
 
@@ -109,12 +109,6 @@ class SampleBatches(Dataset):
         return DataLoader(self, **settings)
 
 
-def file_names(k: int, texts: Sequence[str]) -> list[str]:
-    """The files of batch k: TEXT_INDEX.png, or without a text INDEX.png."""
-    prefixes = [f"{text}_" if text else "" for text in texts]
-    return [f"{prefix}{k * BATCH + i:06d}.png" for i, prefix in enumerate(prefixes)]
-
-
 def to_bytes(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, list[str]]:
     """A batch with its images as uint8."""
     images, texts = batch
@@ -175,39 +169,30 @@ def save_individual(
             that a file's name cannot hold, or a folder with other files.
     """
     validate_int("n", n, 1)
-    if model.text_length is not None and set(UNSAFE) & set(model.charset):
-        raise InputError("the charset has symbols that a file's name cannot hold")
-    validate_number("temperature", temperature, 0)  # errors come before a folder is made
-    model.draw_text(1, text, torch.Generator())
-    folder = Path(folder)
+    if model.text_length is not None:
+        validate_file_names(model.charset)
+    validate_number("temperature", temperature, 0)
+    batches = SampleBatches(model, n, text, temperature, seed)
+    texts = [text for k in range(len(batches)) for text in batches.begin(k)[0]]
+    names = [f"{text}_{i:06d}.png" if text else f"{i:06d}.png" for i, text in enumerate(texts)]
+    folder = Path(folder)  # errors come before it is made
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise InputError(
             f"{folder} has files: go on with --resume (resume=True), or choose another"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    batches = SampleBatches(model, n, text, temperature, seed)
-    paths = lambda k: [folder / name for name in file_names(k, batches.begin(k)[0])]
-    is_there = lambda k: all(path.is_file() for path in paths(k))
-    missing = [k for k in range(len(batches)) if not (resume and is_there(k))]
-    drawn = zip(missing, batches.by_all_cores(missing), strict=True)
-    done = (len(batches) - len(missing)) * BATCH
+    names_of = [names[first : first + BATCH] for first in range(0, n, BATCH)]  # each batch
+    is_there = lambda k: resume and all((folder / name).is_file() for name in names_of[k])
+    missing = [k for k in range(len(batches)) if not is_there(k)]
+    done = n - sum(len(names_of[k]) for k in missing)
     with tqdm(total=n, initial=done, desc=str(folder), unit="image") as bar:
-        for k, (images, texts) in drawn:
-            for image, name in zip(images, file_names(k, texts), strict=True):
+        for k, (images, _) in zip(missing, batches.by_all_cores(missing), strict=True):
+            for image, name in zip(images, names_of[k], strict=True):
                 write_image(image.float() / 255, folder / name)
             bar.update(len(images))
     if model.text_length is not None:
-        write_labels(folder / "labels.csv", batches)
-
-
-def write_labels(path: Path, batches: SampleBatches) -> None:
-    """A labels.csv, with a row for each sample."""
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("name", "text"))
-        for k in range(len(batches)):
-            texts, _ = batches.begin(k)
-            rows.writerows(zip(file_names(k, texts), texts, strict=True))
+        rows = [{"name": name, "text": text} for name, text in zip(names, texts, strict=True)]
+        write_csv(folder / "labels.csv", rows)
 
 
 def columns_for(model: HVAE) -> int:
@@ -308,11 +293,9 @@ def plot_interpolation(
     shares = torch.linspace(0, 1, n, device=x.device)
     ends = model.encode(x, y, seeded(seed))
     latents = [torch.cat([slerp(z[:1], z[1:], share) for share in shares]) for z in ends]
-    if y is None:
-        return plot_rows([model.picture(model.decode(latents), seeded(seed))], [""], path)
-    texts_of = [y[i : i + 1].expand(n, -1) for i in (0, 1)]
-    rows = [model.picture(model.decode(latents, y), seeded(seed)) for y in texts_of]
-    return plot_rows(rows, [f"text {text}" for text in texts], path)
+    texts_of = [None] if y is None else [y[i : i + 1].expand(n, -1) for i in (0, 1)]
+    rows = [model.picture(model.decode(latents, text), seeded(seed)) for text in texts_of]
+    return plot_rows(rows, [f"text {text}" for text in texts] or [""], path)
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
@@ -358,16 +341,11 @@ def fit_aggregate(
 
     (Tomczak & Welling 2018, section 2.)
     """
-    if len(dataset) == 0:
-        raise InputError("the data set is empty")
     generator = seeded(seed)
-    draws = []
-    last = min(limit, len(dataset))
-    for first in range(0, last, BATCH):
-        indices = range(first, min(first + BATCH, last))
-        x, y, _ = first_images(model, Subset(dataset, indices), BATCH)
-        draws.append(model.encode(x, y, generator)[-1])
-    z = torch.cat(draws)
+    x, y, _ = first_images(model, dataset, limit)
+    texts = [None] * len(x) if y is None else y.split(BATCH)
+    parts = zip(x.split(BATCH), texts, strict=False)
+    z = torch.cat([model.encode(part, text, generator)[-1] for part, text in parts])
     mu, logvar = z.mean(0), z.var(0, unbiased=False).clamp(min=1e-6).log()
     return DiagonalGaussian(mu.expand(n, *mu.shape), logvar.expand(n, *mu.shape))
 
@@ -380,13 +358,10 @@ def plot_plane(model: HVAE, dataset: Dataset, path: str | Path | None = None) ->
         ValueError: the model has more than one level, or its latent is not two numbers.
     """
     check_plane(model)
-    means, labels = [], []
-    for first in range(0, max(1, len(dataset)), 500):
-        part = [dataset[i] for i in range(first, min(first + 500, len(dataset)))]
-        x, _, _ = first_images(model, part, 500)
-        means.append(model.infer(x)[1][0].q.mu.cpu())
-        labels += [int(label[0]) if len(label) else 0 for _, label in part]
-    z = torch.cat(means)
+    x, _, _ = first_images(model, dataset, len(dataset))
+    z = torch.cat([model.infer(part)[1][0].q.mu.cpu() for part in x.split(500)])
+    labels = [dataset[i][1] for i in range(len(dataset))]
+    labels = [int(label[0]) if len(label) else 0 for label in labels]
     figure = Figure(figsize=(6, 5), layout="constrained")
     axis = figure.subplots()
     points = axis.scatter(z[:, 0], z[:, 1], c=labels, s=3, cmap="tab10")
@@ -514,7 +489,7 @@ def folder_images(
     )
     limit = len(images) if limit is None else limit
     is_copy = images.description["content"] == origin.get("content")
-    return images.other_split("test", limit) if is_path or is_copy else images.first(limit)
+    return images.other_split("test" if is_path or is_copy else None, limit)
 
 
 def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
@@ -569,9 +544,10 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
         sheet = {"individual", "out", "n", "text", "temperature", "seed", "captions"}
         return {"with --figures": sheet | {"resume"}}
     unused = {"without --figures": {"root", "folder"}}
-    unused["with --individual" if args.individual else "without --individual"] = (
-        {"out", "captions"} if args.individual else {"resume"}
-    )
+    if args.individual:
+        unused["with --individual"] = {"out", "captions"}
+    else:
+        unused["without --individual"] = {"resume"}
     if args.checkpoint:
         unused["with --checkpoint"] = {"data"}
     return unused
@@ -580,7 +556,7 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = sampling_parser()
     args = parser.parse_args(arguments)
-    reject_unused(parser, given_options(parser, arguments), unused_options(args))
+    reject_unused(parser, given_options(parser, arguments, args), unused_options(args))
     keep_memory()
     with one_line_errors(parser):
         validate_int("--n", args.n, 1)

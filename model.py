@@ -11,9 +11,9 @@
 
     With a context and 8-bit images, p(x|z) stands for p(x, c|z) <= p(x|z), see hvae/palette.py.
 
-Names: x (B, C, H, W) images in [0, 1]; y (B, T) their texts as indices; d the features on the way
-up (inference), h those on the way down (generation), (B, c, H_l, W_l) or (B, c) each; z latents.
-The index of a level is l - 1: `levels[0]` holds z_1.
+Names: x (B, C, H, W) images in [0, 1]; y (B, T) their texts as indices; d_l the features of a level
+on the way up (inference), h_l on the way down (generation), (B, c, H_l, W_l) or (B, c); z_l its
+latents. The index of a level is l - 1: `levels[0]` holds z_1.
 """
 
 import math
@@ -51,7 +51,7 @@ from hvae.validate import InputError, validate_int, validate_number
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
 
-# Arguments of HVAE by name. Files written before these two existed mean None.
+# Arguments of HVAE by name.
 WITHOUT_WINDOWS = {"context": None, "prior_context": None}
 BINARY_DIGITS = dict(
     WITHOUT_WINDOWS,
@@ -130,63 +130,6 @@ class Head(nn.Module):
         return DiagonalGaussian(mu, logvar.clamp(-8, 4))
 
 
-class Level(nn.Module):
-    """The latent z_l: its prior p, its posterior q, and its way into the generation path.
-
-    d are the inference features (B, c, *size), h the generation features (B, c_h, *size).
-    """
-
-    def __init__(
-        self, c: int, c_h: int, c_out: int, shape: tuple[int, ...], top: bool, top_down: bool
-    ):
-        super().__init__()
-        c_z, *size = self.shape = shape
-        self.top_down = top_down
-        self.p = None if top else Head(c_h, c_h, c_z, size, logvar=0.0)
-        self.flow: Flow | None = None  # of the top level, see HVAE
-        self.window: WindowNetwork | None = None  # of a map
-        self.prior_features: PriorFeatures | None = None  # of a map directly below a vector
-        # at the start z must exceed its sampling noise, or the decoder learns to ignore it
-        self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0, scale=3.0)
-        self.from_z = project(c_z, c_out, size)
-        if top_down:
-            self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
-
-    def prior(self, h: Tensor, y: Tensor | None = None) -> Prior:
-        """p(z_l | z_{l+1..L}, y). Of p(z_L) only h's batch size matters, unless it has a window."""
-        if self.p is None:
-            zeros = torch.zeros(len(h), *self.shape, device=h.device)
-            p = DiagonalGaussian(zeros, zeros)
-        else:
-            p = self.p(h)
-            # a variance from e^-2 to e^2: with a smaller one, KLs can explode
-            p = DiagonalGaussian(p.mu, 2 * torch.tanh(p.logvar / 2))
-        if self.flow is not None:
-            return FlowPrior(p, self.flow)
-        if self.window is None:
-            return p
-        h = h if self.prior_features is None else self.prior_features(h, y)
-        return WindowPrior(p, self.window, h)
-
-    def posterior(self, d: Tensor, h: Tensor, p: Prior) -> DiagonalGaussian:
-        """q(z_l | z_{l+1..L}, x): what d and h say about z_l, times the prior, normalised.
-
-        The ladder's precision-weighted product of two Gaussians (Sonderby et al. 2016, eq. 17-18):
-        the features act as a noisy observation of z_l, so the posterior has a direct gradient to
-        the prior's mean. If the prior is a flow or has a window, this is its base Gaussian.
-        """
-        base, evidence = p.base, self.q(torch.cat([d, h], dim=1))
-        gap = base.logvar - evidence.logvar
-        weight = torch.sigmoid(gap)  # the evidence's share of the precision
-        mu = base.mu + weight * (evidence.mu - base.mu)
-        return DiagonalGaussian(mu, evidence.logvar + F.logsigmoid(gap))
-
-    def merge(self, h: Tensor, z: Tensor) -> Tensor:
-        """z as features, plus those from above if top-down: (B, c_out, *size)."""
-        z = F.silu(self.from_z(z))
-        return z + self.from_h(h) if self.top_down else z
-
-
 class TextInput(nn.Module):
     """Adds the text y (B, T) to a map h (B, c, H, W): each position asks which symbol is there.
 
@@ -231,6 +174,72 @@ class PriorFeatures(nn.Module):
 
     def forward(self, h: Tensor, y: Tensor | None) -> Tensor:
         return self.res(h if self.text is None else self.text(h, y))
+
+
+class Level(nn.Module):
+    """The latent z_l: its prior p, its posterior q, and its way into the generation path.
+
+    d are the inference features (B, c, *size), h the generation features (B, c_h, *size), and
+    merge() gives (B, c_out, *size). The prior may have a flow, if this is the top level, or a
+    window, if it is a map, with features of its own for that window, if it is below a vector.
+    """
+
+    def __init__(
+        self,
+        c: int,
+        c_h: int,
+        c_out: int,
+        shape: tuple[int, ...],
+        top: bool,
+        top_down: bool,
+        flow: Flow | None = None,
+        window: WindowNetwork | None = None,
+        prior_features: PriorFeatures | None = None,
+    ):
+        super().__init__()
+        c_z, *size = self.shape = shape
+        self.c_out, self.top_down = c_out, top_down
+        self.p = None if top else Head(c_h, c_h, c_z, size, logvar=0.0)
+        self.flow, self.window, self.prior_features = flow, window, prior_features
+        # at the start z must exceed its sampling noise, or the decoder learns to ignore it
+        self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0, scale=3.0)
+        self.from_z = project(c_z, c_out, size)
+        if top_down:
+            self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
+
+    def prior(self, h: Tensor, y: Tensor | None = None) -> Prior:
+        """p(z_l | z_{l+1..L}, y). Of p(z_L) only h's batch size matters, unless it has a window."""
+        if self.p is None:
+            zeros = torch.zeros(len(h), *self.shape, device=h.device)
+            p = DiagonalGaussian(zeros, zeros)
+        else:
+            p = self.p(h)
+            # a variance from e^-2 to e^2: with a smaller one, KLs can explode
+            p = DiagonalGaussian(p.mu, 2 * torch.tanh(p.logvar / 2))
+        if self.flow is not None:
+            return FlowPrior(p, self.flow)
+        if self.window is None:
+            return p
+        h = h if self.prior_features is None else self.prior_features(h, y)
+        return WindowPrior(p, self.window, h)
+
+    def posterior(self, d: Tensor, h: Tensor, p: Prior) -> DiagonalGaussian:
+        """q(z_l | z_{l+1..L}, x): what d and h say about z_l, times the prior, normalised.
+
+        The ladder's precision-weighted product of two Gaussians (Sonderby et al. 2016, eq. 17-18):
+        the features act as a noisy observation of z_l, so the posterior has a direct gradient to
+        the prior's mean. If the prior is a flow or has a window, this is its base Gaussian.
+        """
+        base, evidence = p.base, self.q(torch.cat([d, h], dim=1))
+        gap = base.logvar - evidence.logvar
+        weight = torch.sigmoid(gap)  # the evidence's share of the precision
+        mu = base.mu + weight * (evidence.mu - base.mu)
+        return DiagonalGaussian(mu, evidence.logvar + F.logsigmoid(gap))
+
+    def merge(self, h: Tensor, z: Tensor) -> Tensor:
+        """z as features, plus those from above if top-down: (B, c_out, *size)."""
+        z = F.silu(self.from_z(z))
+        return z + self.from_h(h) if self.top_down else z
 
 
 class HVAE(nn.Module):
@@ -318,24 +327,25 @@ class HVAE(nn.Module):
         self, widths: Sequence[int], sizes: Sequence[Size], down: Sequence[Sequence[Layer]]
     ) -> None:
         """The latents z_1 ... z_L, with the windows, their features and the flow of the priors."""
-        L, c_z, window = len(widths), self.config["latent_channels"], self.config["prior_context"]
+        L, c_z, size = len(widths), self.config["latent_channels"], self.config["prior_context"]
+        couplings = flow_couplings(self.config["flow"], c_z[-1], sizes[-1], self.top_down and L > 1)
+        self.config["flow"] = couplings
         self.levels = nn.ModuleList()
         for l in range(L):
             top = l + 1 == L
             c_h = widths[l] if top else down[l + 1][-1].c_out
             c_out = down[l][0].c_in if down[l] else widths[l]
-            shape = (c_z[l], *sizes[l])
-            self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down))
+            flow = window = features = None
+            if top and couplings:
+                flow = Flow(c_z[l], couplings)
             has_earlier = pixels(sizes[l]) > 1  # positions of the map
-            if window and has_earlier and (self.top_down or not top):
-                self.levels[l].window = WindowNetwork(c_z[l], c_h, window)
+            if size and has_earlier and (self.top_down or not top):
+                window = WindowNetwork(c_z[l], c_h, size)
                 if not top and not sizes[l + 1]:
-                    text = (self.text_length, len(self.charset))
-                    self.levels[l].prior_features = PriorFeatures(c_h, sizes[l], *text)
-        flow = flow_couplings(self.config["flow"], c_z[-1], sizes[-1], self.top_down and L > 1)
-        self.config["flow"] = flow
-        if flow:
-            self.levels[-1].flow = Flow(c_z[-1], flow)
+                    features = PriorFeatures(c_h, sizes[l], self.text_length, len(self.charset))
+            shape = (c_z[l], *sizes[l])
+            parts = (flow, window, features)
+            self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down, *parts))
 
     def add_text_inputs(self, c_top: int, sizes: Sequence[Size]) -> None:
         """Where the text enters: after z_l at every level, and into a ladder's first features.
@@ -344,8 +354,7 @@ class HVAE(nn.Module):
         """
         text = lambda c, size: TextInput(c, size, self.text_length, len(self.charset))
         self.texts = nn.ModuleList(
-            text(level.from_z.weight.shape[0], size)
-            for level, size in zip(self.levels, sizes, strict=True)
+            text(level.c_out, size) for level, size in zip(self.levels, sizes, strict=True)
         )
         if self.top_down:
             self.text_top = text(c_top, sizes[-1])
@@ -370,8 +379,10 @@ class HVAE(nn.Module):
         else:
             c_out = c
         # a block that keeps the size is its own mirror: both directions are built from one list
+        keeps_size = lambda block: block[0].size_in == block[-1].size_out
+        is_vector = lambda block: block[-1].size_out == ()
         inner = [
-            block if block[0].size_in == block[-1].size_out != () else mirror(block)
+            block if keeps_size(block) and not is_vector(block) else mirror(block)
             for block in up[1:]
         ]
         return up, [outer, *inner], last._replace(c_out=c_out, bn=False)
@@ -406,7 +417,7 @@ class HVAE(nn.Module):
         images, guess = repeat(x.float(), draws), None
         if self.training and self.context is not None:
             log_p_x = p_x.estimate(images)
-            guess = -p_x.log_prob_of_guess(images)
+            guess = -p_x.guess.log_prob(images)
         else:
             log_p_x = p_x.log_prob(images)
         with torch.autocast(x.device.type, enabled=False):
@@ -641,7 +652,7 @@ class HVAE(nn.Module):
             raise InputError(f"this model is conditional: pass texts y {shape}, as indices")
         if tuple(y.shape) != shape or y.dtype != torch.long:
             raise InputError(f"expected y as int64 {shape}, got {y.dtype} {tuple(y.shape)}")
-        last = len(self.charset) - (self.lengths is None)  # of all indices
+        last = len(self.charset) if self.lengths else len(self.charset) - 1  # or a blank
         if n and not (int(y.min()) >= 0 and int(y.max()) <= last):
             raise InputError(f"y has indices outside the charset's 0..{last}")
 
@@ -695,7 +706,7 @@ class HVAE(nn.Module):
         """
         config, weights, provenance = load_checkpoint(path)
         try:
-            model = cls(**{**WITHOUT_WINDOWS, **config})
+            model = cls(**config)
             model.load_state_dict(weights)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = textwrap.shorten(str(error), 500)  # torch lists every weight
@@ -717,15 +728,17 @@ class HVAE(nn.Module):
         columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, columns)).rstrip() for row in rows]
         c, h, w = self.input_shape
-        length, symbols, flow = self.text_length, len(self.charset), self.config["flow"]
-        lengths = length and span(self.possible_lengths)
+        texts = "no text"
+        if self.text_length:
+            texts = f"texts of {span(self.possible_lengths)} from {len(self.charset)} symbols"
         head = [
             f"HVAE, {len(self.levels)} levels, {self.config['inference']}",
             f"{self.config['likelihood']}, images {c}x{h}x{w}",
-            f"texts of {lengths} from {symbols} symbols" if length else "no text",
-            *[f"p(z_{len(self.levels)}) a flow of {flow} couplings"] * bool(flow),
-            f"{count_parameters(self):,} parameters",
+            texts,
         ]
+        if flow := self.config["flow"]:
+            head.append(f"p(z_{len(self.levels)}) a flow of {flow} couplings")
+        head.append(f"{count_parameters(self):,} parameters")
         return "\n".join([", ".join(head), *lines])
 
 

@@ -8,10 +8,10 @@ Captchas need each of these for samples that follow their text; short runs and d
 
     beta starts above 1. While information is expensive, the model looks for the cheapest
         description of an image, and the text costs nothing.
-    closed levels: for half of every batch the lowest levels do not see x; their z is the mean of
-        the prior's Gaussian. The glyphs of these images can only come from the top latents and the
-        text. In the first third of the steps before the last phase, half of these images have only
-        the top level open.
+    closed levels: until the last phase, the lowest levels do not see x in half of every batch;
+        their z is the mean of the prior's Gaussian. The glyphs of these images can only come from
+        the top latents and the text. In the first third of the steps before the last phase, half of
+        these images have only the top level open.
     free_nats: KL of a level that costs nothing, so that the upper levels are used.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
@@ -21,7 +21,7 @@ Captchas need each of these for samples that follow their text; short runs and d
     a last phase: with latents and priors frozen, only p(x|z) learns, and its weight against the
         guess is 0.3 or more. Context and features then fit latents that no longer move.
     a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
-        fitted to q(z_L).
+        fitted to q(z_L), until the last phase.
 """
 
 import argparse
@@ -46,7 +46,6 @@ from dataset import MNIST, CaptchaDataset, CaptchaFolder
 from generate import held_out_images, sample_sheet, save_figures
 from hvae import parallel
 from hvae.adapt import adapted
-from hvae.arguments import plain
 from hvae.checkpoint import has_state, locked, write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import binarised
@@ -68,7 +67,7 @@ VERSION = "2.2"  # of this code, written into every checkpoint
 
 
 def option(default, help: str, low: float = -math.inf, high: float = math.inf):
-    """A hyperparameter with its default, its help, and its range low <= value < high."""
+    """A hyperparameter with its default, its help, and its range low <= value <= high."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
@@ -107,36 +106,36 @@ class Hyperparameters:
         "default: the lower half of a ladder",
     )
     closed_share: float | None = option(
-        None, "share of each batch that has closed levels; default: 0.5; 0 in a short run", 0, 1
+        None, "share of each batch that has closed levels; default: 0.5; 0 in a short run", 0, 0.99
     )
     top_share: float = option(
         0.5,
         "share of those images in which only the top is open, in the first third of the steps "
         "before the last phase",
         0,
-        1.001,
+        1,
     )
-    ema: float = option(0.999, "decay of the averaged weights", 0, 1)
+    ema: float = option(0.999, "decay of the averaged weights", 0, 0.999999)
     pixel_weight: float | None = option(
         None,
         "weight of log p(x|z) against z's own guess, with a context; default: 0.01, without a last "
         "phase 0.05, for binary pixels 0 at the start; in the last phase at least 0.3",
         0,
-        1.000001,
+        1,
     )
     pixel_rise: float | None = option(
         None,
         "share of the run over which the pixel weight rises to 1; 0 keeps it constant; default: 0, "
         "for binary pixels 0.6",
         0,
-        1.000001,
+        1,
     )
     frozen_share: float | None = option(
         None,
         "last share of the run, in which latents and priors are frozen and only p(x|z) learns; "
         "default: 0.25 with a context, 0 for binary pixels and in a short run",
         0,
-        1.000001,
+        1,
     )
     binarise: bool = option(False, "draw every pixel as 0 or 1, anew at every step")
     shift: int = option(
@@ -150,7 +149,7 @@ class Hyperparameters:
     )
     eval_every: int = option(1000, "steps between evaluations, samples and checkpoints", 1)
     log_every: int = option(50, "steps per row of metrics.csv", 1)
-    seed: int = option(0, "of the weights, the noise and the order of the data", 0, 2**32)
+    seed: int = option(0, "of the weights, the noise and the order of the data", 0, 2**32 - 1)
 
     def __post_init__(self):
         for f in fields(self):
@@ -158,13 +157,18 @@ class Hyperparameters:
             if value is None and f.default is None:  # see fit_to()
                 continue
             if kind in (int, int | None):
-                validate_int(f.name, value, f.metadata["low"], f.metadata["high"] - 1)
+                validate_int(f.name, value, f.metadata["low"], f.metadata["high"])
             elif kind in (float, float | None):
                 validate_number(f.name, value, f.metadata["low"], f.metadata["high"])
                 setattr(self, f.name, float(value))  # numpy's numbers are not JSON
             elif kind is bool:
                 setattr(self, f.name, bool(value))
-        for name, value in self.schedule().items():
+        by_steps = {
+            "warmup": min(200, self.steps // 2),
+            "beta_start": 1.0 if self.is_short else 5.0,
+            "closed_share": 0.0 if self.is_short else 0.5,
+        }
+        for name, value in by_steps.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
@@ -172,15 +176,6 @@ class Hyperparameters:
     def is_short(self) -> bool:
         """Too short to learn texts: no beta above 1, free nats, closed levels by default."""
         return self.steps < SHORT_RUN
-
-    def schedule(self) -> dict[str, float]:
-        """The defaults that depend on the number of steps."""
-        return {
-            "warmup": min(200, self.steps // 2),
-            "beta_start": 1.0 if self.is_short else 5.0,
-            "beta_steps": max(1, round(0.7 * self.frozen_from)),
-            "closed_share": 0.0 if self.is_short else 0.5,
-        }
 
     def fit_to(self, model: HVAE) -> None:
         """Sets what depends on the model: on the number of its levels, and on its pixels.
@@ -198,6 +193,8 @@ class Hyperparameters:
         if self.frozen_share is None:
             has_phase = model.context is not None and not binary and not self.is_short
             self.frozen_share = 0.25 if has_phase else 0.0
+        longest = max(1, round(0.7 * self.frozen_from))
+        self.beta_steps = min(self.beta_steps or longest, longest)
         if self.closed_levels is None:
             self.closed_levels = min((levels + 1) // 2, below_top)
         validate_int("closed_levels", self.closed_levels, 0, below_top)
@@ -223,8 +220,7 @@ class Hyperparameters:
         return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def beta_at(self, step: int) -> float:
-        steps = min(self.beta_steps, self.schedule()["beta_steps"])
-        return self.beta_start ** max(0.0, 1 - step / steps)
+        return self.beta_start ** max(0.0, 1 - step / self.beta_steps)
 
     def pixel_weight_at(self, step: int) -> float:
         weight = self.pixel_weight
@@ -552,7 +548,7 @@ def provenance(run: Run, metrics: dict) -> dict:
         "images_seen": run.step * run.hp.batch_size,
         "seconds": round(run.seconds),
     }
-    origin = {
+    return {
         "version": VERSION,
         "torch": str(torch.__version__),
         "data": run.description,
@@ -563,7 +559,6 @@ def provenance(run: Run, metrics: dict) -> dict:
         "held_out": metrics,
         "began_with": run.began_with,
     }
-    return json.loads(json.dumps(origin))  # as a file will give it back
 
 
 def save_on_failure(
@@ -747,9 +742,10 @@ def description_of(dataset: Dataset):
 
 # ---------------------------------------------------------------------------- command line
 
+ARCHITECTURE = ("inference", "likelihood", "sigma", "mixtures", "context", "prior_context", "flow")
 
-def training_parser(config: str) -> argparse.ArgumentParser:
-    """The command line, with the defaults of one of CONFIGS."""
+
+def training_parser() -> argparse.ArgumentParser:
     parser = make_parser("Trains an HVAE on rendered captchas, on MNIST or on a folder of images.")
     add = parser.add_argument_group("data").add_argument
     add(
@@ -768,7 +764,7 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add("--images", type=int, help="images to render (default: a million), or to evaluate on")
     add("--workers", type=int, default=1, help="processes that load or render")
     add = parser.add_argument_group("model").add_argument
-    add("--config", choices=tuple(CONFIGS), default=config, help="architecture and training")
+    add("--config", choices=tuple(CONFIGS), default="captcha", help="architecture and training")
     add("--init", type=path_argument, metavar="FILE", help="begin with this checkpoint's weights")
     add("--inference", choices=("top-down", "bottom-up"), help="the form of q(z|x)")
     add("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z)")
@@ -790,7 +786,6 @@ def training_parser(config: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("instead of training").add_argument
     add("--evaluate", type=path_argument, metavar="FILE", help="measure it on held-out images")
     add("--importance-samples", type=int, default=1, help="draws of z for the bound on log p(x)")
-    parser.set_defaults(**TRAINING[config])
     return parser
 
 
@@ -810,17 +805,18 @@ def parse(
     arguments: Sequence[str] | None,
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace, set[str]]:
     """The arguments, with the defaults of the config that they name, and which were given."""
-    parser = training_parser("captcha")
-    first, given = parser.parse_args(arguments), given_options(parser, arguments)
-    by_data = first.data == "mnist" and "config" not in given
-    parser = training_parser("mnist-hvae" if by_data else first.config)
+    parser = training_parser()
+    args = parser.parse_args(arguments)
+    given = given_options(parser, arguments, args)
+    by_data = args.data == "mnist" and "config" not in given
+    config = "mnist-hvae" if by_data else args.config
+    parser.set_defaults(config=config, **TRAINING[config])
     return parser, parser.parse_args(arguments), given
 
 
 def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     """The options that have no effect, by the reason."""
-    architecture = {"config", "inference", "likelihood", "sigma", "mixtures", "context"}
-    architecture |= {"prior_context", "flow", "unconditional"}
+    architecture = {*ARCHITECTURE, "config", "unconditional"}
     training = {f.name for f in fields(Hyperparameters)} | {"keep", "resume", "init"}
     images = set() if args.evaluate else {"images"}
     unused = {}
@@ -853,7 +849,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             validate_int("--images", args.images, 1, sys.maxsize)
         if args.evaluate:
             model = HVAE.load(args.evaluate, pick_device(args.device))
-            print_evaluation(model, test_set_for(model, args), args.importance_samples)
+            images = (args.data, args.root, args.images, args.fonts, args.folder, args.skip_bad)
+            print_evaluation(model, held_out_images(model, *images), args.importance_samples)
         else:
             train_and_draw(args)
         parallel.shutdown_processes()
@@ -903,8 +900,7 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
         return begin_with(dataset, args)
     if args.frozen_share == 1:
         raise InputError("--frozen-share 1: untrained latents; begin with a checkpoint (--init)")
-    names = ("inference", "likelihood", "sigma", "mixtures", "context", "prior_context", "flow")
-    changes = given_arguments(args, names)
+    changes = given_arguments(args, ARCHITECTURE)
     if args.likelihood == "gaussian":
         changes.setdefault("context", None)
     if args.unconditional:
@@ -929,33 +925,28 @@ def begin_with(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """--init: the checkpoint, for the data's images and texts, with the windows asked for."""
     model, changes = HVAE.load(args.init), data_arguments(dataset)
     changes.update(given_arguments(args, ("context", "prior_context", "mixtures")))
-    if all(plain(value) == plain(model.config[name]) for name, value in changes.items()):
-        return model
     model, new = adapted(model, **changes)
     blocks = sorted({".".join(name.split(".")[:3]) for name in new})
     untrained = f", and {len(new)} new tensors in {', '.join(blocks)}" if new else ""
-    print(f"begins with the weights of {args.init}{untrained}")
+    if parallel.rank() == 0:
+        print(f"begins with the weights of {args.init}{untrained}")
     return model
-
-
-def test_set_for(model: HVAE, args: argparse.Namespace) -> Dataset:
-    """What --evaluate measures on: the images named, or held-out ones of the model's own data."""
-    images = (args.data, args.root, args.images, args.fonts, args.folder, args.skip_bad)
-    return held_out_images(model, *images)
 
 
 def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) -> None:
     """A line for each term of the ELBO."""
     draws = max(64, 200_000 // math.prod(model.input_shape))  # together, as far as memory allows
     metrics = evaluate(model, test_set, importance_samples, batch_size=draws)
-    print(f"{metrics['images']} images{', binarised' * model.binarised}, nats per image")
+    kind = "binarised images" if model.binarised else "images"
+    print(f"{metrics['images']} {kind}, nats per image")
     print(f"  -ELBO             {-metrics['elbo']:>10,.2f}")
     print(f"  reconstruction    {metrics['reconstruction']:>10,.2f}")
     for l in reversed(range(len(metrics["kl"]))):
         print(f"  KL z_{l + 1}            {metrics['kl'][l]:>10,.2f}")
     bounds = metrics["bounds"] if importance_samples > 1 else {}
     for k, bound in bounds.items():
-        print(f"  -log p(x) <=      {-bound:>10,.2f}   {k} importance sample{'s' * (k > 1)}")
+        samples = "importance sample" if k == 1 else "importance samples"
+        print(f"  -log p(x) <=      {-bound:>10,.2f}   {k} {samples}")
     if metrics["bits_per_dim"] is not None:
         print(f"  bits/dim          {metrics['bits_per_dim']:>10.3f}")
 

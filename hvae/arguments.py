@@ -13,6 +13,7 @@ from hvae.validate import (
     validate_choice,
     validate_image_size,
     validate_int,
+    validate_number,
 )
 
 MAX_LATENT = 2**16  # channels of a latent
@@ -23,8 +24,10 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         values = [plain(part) for part in value]
         return tuple(values) if values and isinstance(values[0], str) else values
-    kind = next((kind for kind in (bool, str, int, float) if isinstance(value, kind)), None)
-    return kind(value) if kind else value
+    for kind in (bool, str, int, float):  # numpy's are subclasses, but not JSON
+        if isinstance(value, kind):
+            return kind(value)
+    return value
 
 
 def latent_width(c: int, size: Size) -> int:
@@ -88,14 +91,14 @@ def validate_arguments(**arguments) -> None:
             raise InputError(f"{name}: expected (rows, columns), both >= 1, got {window!r}")
     if arguments["context"] is not None and arguments["likelihood"] == "gaussian":
         raise InputError("context: the likelihood 'gaussian' has none; pass context=None")
-    if sigma is not None and not (isinstance(sigma, Real) and 0 < sigma < 1e30):
-        raise InputError(f"sigma: expected a positive number or None, got {sigma!r}")
+    if sigma is not None:
+        validate_number("sigma", sigma, 1e-30, 1e30)
     if arguments["text_length"] is not None:
         validate_int("text_length", arguments["text_length"], 1, 1000)
         validate_charset(arguments["charset"])
         lengths, length = arguments["lengths"], arguments["text_length"]
         if lengths is not None:
             is_list = isinstance(lengths, (list, tuple)) and len(lengths) == length
-            is_list = is_list and all(isinstance(n, Real) and 0 <= n < math.inf for n in lengths)
-            if not (is_list and sum(lengths) > 0):
+            is_number = lambda n: isinstance(n, Real) and 0 <= n < math.inf
+            if not (is_list and all(map(is_number, lengths)) and sum(lengths) > 0):
                 raise InputError(f"lengths: expected {length} numbers >= 0, one > 0: {lengths!r}")

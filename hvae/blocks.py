@@ -70,9 +70,10 @@ def plan(config: Sequence[tuple], channels: int, size: Size, name: str) -> list[
     allowed = OUTER_TUPLES if name == "outer_config" else INNER_TUPLES
     planner = Planner(channels, size)
     for position, item in enumerate(config):
-        where = f"{name}[{position}] {item!r}"
-        kind, arg, stride = parse_tuple(item, where, allowed)
-        planner.add(kind, arg, stride, where)
+        try:
+            planner.add(*parse_tuple(item, allowed))
+        except InputError as error:
+            raise InputError(f"{name}[{position}] {item!r}: {error}") from None
     if planner.open_skips:
         raise InputError(
             f"{name}: 'skip-up' with index {min(planner.open_skips)} has no 'skip-down'"
@@ -80,22 +81,22 @@ def plan(config: Sequence[tuple], channels: int, size: Size, name: str) -> list[
     return planner.layers
 
 
-def parse_tuple(item: tuple, where: str, allowed: Sequence[str]) -> tuple[str, int, int]:
+def parse_tuple(item: tuple, allowed: Sequence[str]) -> tuple[str, int, int]:
     """Checks a tuple by itself; returns its kind, its first number, and its stride or 1."""
     if not isinstance(item, (tuple, list)) or not item or not isinstance(item[0], str):
-        raise InputError(f"{where}: expected a tuple such as ('conv', 32)")
+        raise InputError("expected a tuple such as ('conv', 32)")
     kind, *args = item
     if kind not in allowed:
         problem = "is not allowed in outer_config" if kind in INNER_TUPLES else "is unknown"
-        raise InputError(f"{where}: {kind!r} {problem}; use one of {', '.join(allowed)}")
+        raise InputError(f"{kind!r} {problem}; use one of {', '.join(allowed)}")
     has_stride = kind in ("conv", "conv-bn")
     if not 1 <= len(args) <= 1 + has_stride:
         numbers = "one or two numbers" if has_stride else "one number"
-        raise InputError(f"{where}: {kind!r} takes {numbers}, got {len(args)}")
+        raise InputError(f"{kind!r} takes {numbers}, got {len(args)}")
     minimum = 0 if kind.startswith("skip") else 1
     for arg in args:
         if not is_int(arg, minimum):
-            raise InputError(f"{where}: expected a whole number >= {minimum}, got {arg!r}")
+            raise InputError(f"expected a whole number >= {minimum}, got {arg!r}")
     return kind, args[0], args[1] if len(args) == 2 else 1
 
 
@@ -109,62 +110,63 @@ class Planner:
         self.used_skips: set[int] = set()
         self.reductions: list[list] = []  # [factor still to undo, size before it], newest last
 
-    def add(self, kind: str, arg: int, stride: int, where: str) -> None:
+    def add(self, kind: str, arg: int, stride: int) -> None:
         if self.layers and self.layers[-1].kind == "dense":
-            raise InputError(f"{where}: 'dense' must be the last layer of its block")
+            raise InputError("'dense' must be the last layer of its block")
         if self.size == () and kind != "dense":
-            raise InputError(f"{where}: needs a feature map, but a 'dense' before it left a vector")
+            raise InputError("needs a feature map, but a 'dense' before it left a vector")
         bn, kind = kind.endswith("-bn"), kind.removesuffix("-bn")
         layer = Layer(kind, self.channels, self.channels, self.size, self.size, bn=bn)
         if kind in ("conv", "convt", "res"):
-            layer = self.convolution(layer, arg, stride, where)
+            layer = self.convolution(layer, arg, stride)
         elif kind == "pool":
-            layer = self.pool(layer, arg, where)
+            layer = self.pool(layer, arg)
         elif kind == "upsample":
             layer = layer._replace(arg=arg, size_out=self.undo_reductions(arg))
         elif kind == "dense":
             layer = layer._replace(c_out=arg, size_out=())
         else:
-            layer = self.skip(layer, arg, where)
+            layer = self.skip(layer, arg)
         if pixels(layer.size_out) > MAX_PIXELS:
-            raise InputError(f"{where}: its map would have more than {MAX_PIXELS:,} pixels")
-        inputs = 9 * max(layer.c_in + layer.c_skip, layer.c_out)  # of 3x3 convolutions
-        inputs = layer.c_in * pixels(layer.size_in) if kind == "dense" else inputs
+            raise InputError(f"its map would have more than {MAX_PIXELS:,} pixels")
+        if kind == "dense":
+            inputs = layer.c_in * pixels(layer.size_in)
+        else:  # 3x3 convolutions
+            inputs = 9 * max(layer.c_in + layer.c_skip, layer.c_out)
         if inputs * layer.c_out > MAX_WEIGHTS:
-            raise InputError(f"{where}: would have more than {MAX_WEIGHTS:,} weights")
+            raise InputError(f"would have more than {MAX_WEIGHTS:,} weights")
         self.layers.append(layer)
         self.channels, self.size = layer.c_out, layer.size_out
 
-    def convolution(self, layer: Layer, channels: int, stride: int, where: str) -> Layer:
+    def convolution(self, layer: Layer, channels: int, stride: int) -> Layer:
         if stride > max(self.size):
-            raise InputError(f"{where}: the stride is larger than its {show(self.size)} map")
+            raise InputError(f"the stride is larger than its {show(self.size)} map")
         if stride > 1:
             self.reductions.append([stride, self.size])
         size_out = tuple(-(-n // stride) for n in self.size)
         return layer._replace(c_out=channels, arg=stride, size_out=size_out)
 
-    def pool(self, layer: Layer, factor: int, where: str) -> Layer:
+    def pool(self, layer: Layer, factor: int) -> Layer:
         if factor > min(self.size):
-            raise InputError(f"{where}: the pool is larger than its {show(self.size)} map")
+            raise InputError(f"the pool is larger than its {show(self.size)} map")
         if factor > 1:
             self.reductions.append([factor, self.size])
         return layer._replace(arg=factor, size_out=tuple(n // factor for n in self.size))
 
-    def skip(self, layer: Layer, index: int, where: str) -> Layer:
+    def skip(self, layer: Layer, index: int) -> Layer:
         if layer.kind == "skip-up":
             if index in self.open_skips or index in self.used_skips:
-                raise InputError(f"{where}: a second 'skip-up' with index {index}")
+                raise InputError(f"a second 'skip-up' with index {index}")
             self.open_skips[index] = layer = layer._replace(arg=index)
             return layer
         if index not in self.open_skips:
             unused = "unused " if index in self.used_skips else ""
-            raise InputError(f"{where}: no {unused}'skip-up' with index {index} before it")
+            raise InputError(f"no {unused}'skip-up' with index {index} before it")
         up = self.open_skips.pop(index)
         self.used_skips.add(index)
         if up.size_in != self.size:
             raise InputError(
-                f"{where}: its map is {show(self.size)}, "
-                f"but 'skip-up' {index} remembered {show(up.size_in)}"
+                f"its map is {show(self.size)}, but 'skip-up' {index} remembered {show(up.size_in)}"
             )
         return layer._replace(arg=index, c_skip=up.c_in)
 
@@ -239,7 +241,8 @@ class Block(nn.Module):
             has_channels = layer.kind not in ("pool", "upsample", "skip-up", "skip-down")
             stride = f"/{layer.arg}" if layer.kind in ("conv", "convt") and layer.arg > 1 else ""
             number = layer.c_out if has_channels else layer.arg
-            words.append(f"{layer.kind}{'-bn' * layer.bn} {number}{stride}")
+            kind = f"{layer.kind}-bn" if layer.bn else layer.kind
+            words.append(f"{kind} {number}{stride}")
         return ", ".join(words)
 
 
@@ -270,7 +273,9 @@ def build(layer: Layer) -> nn.Module:
 
 def activated(conv: nn.Module, layer: Layer) -> nn.Sequential:
     """convolution (-> batch normalisation, which brings the bias) -> activation"""
-    return nn.Sequential(conv, *[nn.BatchNorm2d(layer.c_out)] * layer.bn, nn.SiLU())
+    if layer.bn:
+        return nn.Sequential(conv, nn.BatchNorm2d(layer.c_out), nn.SiLU())
+    return nn.Sequential(conv, nn.SiLU())
 
 
 class ConvTranspose(nn.ConvTranspose2d):

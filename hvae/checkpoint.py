@@ -133,15 +133,6 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
 # ---------------------------------------------------------------------------- run states
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The state of a run; raises as read_tensors() does, also if the file is something else."""
-    tensors, metadata = read_tensors(path)
-    missing = {"step", "config", "optimizers"} - metadata.keys()
-    if missing:
-        raise InputError(f"{path}: not a training state; it lacks {', '.join(sorted(missing))}")
-    return tensors, metadata
-
-
 def has_state(folder: Path) -> bool:
     """Whether a run in this folder can be resumed."""
     return (folder / "state.pt").exists()
@@ -203,24 +194,14 @@ def locked(folder: Path) -> Iterator[None]:
             _locked.discard(folder)
 
 
-# ---------------------------------------------------------------------------- metrics.csv
+# ---------------------------------------------------------------------------- tables
 
 
-def write_csv(path: Path, history: Sequence[dict]) -> None:
-    """A row for each entry of the history, a column for each name in any of them."""
-    names = list(dict.fromkeys(name for row in history for name in row))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """A table with a column for each name in any of its rows; real numbers to four digits."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        for row in history:
+        for row in rows:
             writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-
-
-def read_csv(path: str | Path) -> list[dict]:
-    """A history that train() wrote: a list of rows of numbers."""
-    whole_numbers = ("step", "images", "skipped")
-    with open(path, newline="") as file:
-        return [
-            {k: int(v) if k in whole_numbers else float(v) for k, v in row.items() if v != ""}
-            for row in csv.DictReader(file)
-        ]

@@ -53,13 +53,14 @@ def one_line(error: Exception) -> str:
     return " ".join((text.splitlines()[-1] if text.startswith("Caught ") else text).split())
 
 
-def given_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> set[str]:
-    """The names of the options that are on the command line, as attributes of its namespace."""
-    names = vars(parser.parse_args(arguments))
+def given_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, args: argparse.Namespace
+) -> set[str]:
+    """Which of the parsed args are on the command line, and not defaults: their names."""
     not_given = object()
-    namespace = argparse.Namespace(**dict.fromkeys(names, not_given))
+    namespace = argparse.Namespace(**dict.fromkeys(vars(args), not_given))
     parsed = parser.parse_args(arguments, namespace)
-    return {name for name in names if getattr(parsed, name) is not not_given}
+    return {name for name, value in vars(parsed).items() if value is not not_given}
 
 
 def reject_unused(

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvae.distributions import Bernoulli, Gaussian, LogisticMixture, channel_means
+from hvae.distributions import Bernoulli, Gaussian, LogisticMixture, draw_noise
 from hvae.palette import PaletteNetwork, palette_of
 
 BASES = 6  # that a mean starts from: left, above, a gradient, a blend, paper, ink
@@ -56,9 +56,9 @@ class ContextNetwork(nn.Module):
         self.rows, self.columns = context
         self.channels, self.mixtures = channels, mixtures
         self.binary = likelihood == "bernoulli"
-        self.taps = self.rows * (2 * self.columns + 1) + self.columns  # the left pixel is the last
-        self.taps += 0 if self.binary else 3  # the palette
-        self.from_window = nn.Linear(channels * (self.taps + 1), width)
+        taps = self.rows * (2 * self.columns + 1) + self.columns  # the left pixel is the last
+        taps += 0 if self.binary else 3  # the palette
+        self.from_window = nn.Linear(channels * (taps + 1), width)
         self.from_z = nn.Linear(self.features, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         if self.binary:
@@ -84,11 +84,10 @@ class ContextNetwork(nn.Module):
     def forward(self, f: Tensor) -> "Pixels":
         return Pixels(self, f)
 
-    @torch.no_grad()
     def start_at(self, bias: Tensor, x: Tensor) -> None:
         """Sets the bias of f so that z's guess starts at the level of images x."""
-        means = channel_means(x)
-        bias[: self.channels] = means.logit() if self.binary else 2 * means - 1
+        guess = Bernoulli if self.binary else Gaussian
+        guess.start_at(bias[: self.channels], x)
 
     def start_palette_at(self, x: Tensor) -> None:
         """Starts an untrained p(c|z) at the palettes of images x."""
@@ -110,6 +109,7 @@ class ContextNetwork(nn.Module):
             differences = window - left
             h = self.trunk(torch.cat([root(differences), left / 64 - 3]), f)
             return self.logistics(h, window, channel_products(differences), x, noise)
+        # zeros where 8-bit pixels have the level of the left one: the windows have it already
         h = self.trunk(torch.cat([window, torch.zeros_like(left)]), f)
         logit = (self.out(h).to(window) + f[:, : self.channels].to(window)).T
         if x is None:
@@ -171,7 +171,7 @@ class ContextNetwork(nn.Module):
 
     def mixture(self, c: int, hidden: Tensor, base: Tensor) -> LogisticMixture:
         logit, shift, log_scale = self.out[c](hidden).T.to(base).contiguous().chunk(3)
-        base = base.repeat(-(-self.mixtures // BASES), 1)[: self.mixtures]
+        base = base.repeat(math.ceil(self.mixtures / BASES), 1)[: self.mixtures]  # k modulo 6
         mean = base + shift * (1 + shift.abs())
         return LogisticMixture(logit, mean, log_scale.clamp(-3.5, 5))
 
@@ -187,26 +187,22 @@ class Pixels:
         self.pitch = self.size[1] + 2 * network.columns  # of a row on the canvas
 
     @property
-    def guess(self) -> Tensor:
-        """What z alone says of x, (B, C, H, W): means about [-1, 1], or logits."""
-        return self.parameters[:, : self.network.channels].float()
+    def guess(self) -> Bernoulli | Gaussian:
+        """What z alone says of x, which teaches the latents: see trainer.py.
+
+        A Bernoulli for binary pixels, otherwise a Gaussian of sigma 0.4.
+        """
+        parameters = self.parameters[:, : self.network.channels].float()
+        if self.network.binary:
+            return Bernoulli(parameters)
+        return Gaussian(parameters, torch.tensor(math.log(GUESS_SIGMA), device=self.f.device))
 
     @property
     def image(self) -> Tensor:
-        """The guess as images (B, C, H, W) in [0, 1]; binary pixels have none, but a fixed draw."""
+        """The guess's mean, (B, C, H, W) in [0, 1]; of binary pixels a draw, always the same."""
         if self.network.binary:
             return self.sample(torch.Generator().manual_seed(0))
-        return ((self.guess + 1) / 2).clamp(0, 1)
-
-    def log_prob_of_guess(self, x: Tensor) -> Tensor:
-        """log p of x by the guess alone, (B,) nats: what teaches the latents, see trainer.py.
-
-        It is a Bernoulli for binary pixels, otherwise N(guess, 0.4^2).
-        """
-        if self.network.binary:
-            return Bernoulli(self.guess).log_prob(x)
-        log_sigma = torch.full((), math.log(GUESS_SIGMA), device=x.device)
-        return Gaussian(self.guess, log_sigma).log_prob(x)
+        return self.guess.image
 
     def log_prob(self, x: Tensor) -> Tensor:
         """(B,) nats; of 8-bit images the bound of hvae/palette.py."""
@@ -285,7 +281,7 @@ class Pixels:
         empty = torch.zeros(batch, c, h, w, device=device, dtype=dtype)
         if not batch:
             return empty
-        noise = lambda *shape: uniform(shape, dtype, device, generator)
+        noise = lambda *s: draw_noise(torch.rand, s, empty, generator).clamp(1e-6, 1 - 1e-6)
         palette = empty.new_zeros(batch, 0, c)
         if not self.network.binary:
             palette = self.network.palette.sample(self.parameters, noise(3 * c, 2, batch))
@@ -300,18 +296,6 @@ class Pixels:
             canvas.index_copy_(0, self.places(i), x)
         drawn = canvas[self.places(torch.arange(batch * h * w, device=device))] / self.levels
         return drawn.view(batch, h, w, c).permute(0, 3, 1, 2)
-
-
-def uniform(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Noise in (0, 1); the generator may live on another device."""
-    source = generator.device if generator else device
-    noise = torch.rand(shape, generator=generator, dtype=dtype, device=source)
-    return noise.to(device).clamp(1e-6, 1 - 1e-6)
 
 
 def fronts(h: int, w: int, columns: int, device: torch.device) -> Sequence[Tensor]:
@@ -342,8 +326,9 @@ def ridge_slopes(
 ) -> list[Tensor]:
     """How channel c follows each channel before it, (N,) each: ridge regressions, in turn.
 
-    products[c][d] (N,) are of channels c and d, summed over the window; those of c are replaced by
-    the products of what is left of c. expected (N, c) are the slopes of a window without colour.
+    products[c][d] (N,) are of channels c and d, summed over the window. They are updated in place:
+    row and column c then belong to what is left of channel c. expected (N, c) are the slopes of a
+    window without colour.
     """
     slopes = []
     for d in range(c):

@@ -9,6 +9,7 @@ Images x are (B, C, H, W) in [0, 1] throughout.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,14 @@ EDGE = 1 / 64  # how near 0 and 1 `logits` tells values apart
 
 
 # ---------------------------------------------------------------------------- latents
+
+
+def draw_noise(
+    draw: Callable, shape: Sequence[int], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """torch.rand or torch.randn, beside `like`; the generator may live on another device."""
+    device = generator.device if generator else like.device
+    return draw(shape, generator=generator, device=device).to(like)
 
 
 class DiagonalGaussian(NamedTuple):
@@ -34,9 +43,8 @@ class DiagonalGaussian(NamedTuple):
         return self
 
     def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """mu + temperature * sigma * eps; the generator may live on another device."""
-        device = generator.device if generator else self.mu.device
-        eps = torch.randn(self.mu.shape, generator=generator, device=device).to(self.mu)
+        """mu + temperature * sigma * eps."""
+        eps = draw_noise(torch.randn, self.mu.shape, self.mu, generator)
         return self.mu + temperature * (0.5 * self.logvar).exp() * eps
 
     def entropy(self) -> Tensor:
@@ -145,8 +153,7 @@ class FlowPrior(NamedTuple):
 def logits(x: Tensor) -> Tensor:
     """Images in [0, 1] on a scale from -2 to 2 that spreads what is nearly black or white.
 
-    A captcha's paper varies by only 0.02 on [0, 1]. (Dinh et al. 2017,
-    section 4.1.)
+    A captcha's paper varies by only 0.02 on [0, 1]. (Dinh et al. 2017, section 4.1.)
     """
     return 0.5 * torch.logit(EDGE + (1 - 2 * EDGE) * x.clamp(0, 1))
 

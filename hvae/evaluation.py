@@ -41,7 +41,7 @@ def evaluate(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         binariser = torch.Generator(device).manual_seed(seed)  # the same images for any draws
-        loader = DataLoader(dataset, max(1, batch_size // draws))
+        loader = DataLoader(dataset, batch_size // draws)
         for x, y in tqdm(loader, desc="evaluate", delay=20, leave=False):
             x, y = x.to(device), y.to(device) if model.text_length is not None else None
             x = binarised(x, binariser) if binarise else x

@@ -16,9 +16,9 @@ class Muon(torch.optim.Optimizer):
 
     (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".) Gradients have
     few large singular values, so other optimizers hardly move in most directions. A convolution's
-    weight is a matrix with a row for each of its first channels. Steps are as large as AdamW's are
-    (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so both share a rate.
-    torch.optim.Muon has no convolutions.
+    weight is a matrix with a row for each index of its first dimension. Steps are as large as
+    AdamW's are (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so both share a
+    rate. torch.optim.Muon has no convolutions.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.01):

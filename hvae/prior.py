@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvae.context import fronts
-from hvae.distributions import DiagonalGaussian
+from hvae.distributions import DiagonalGaussian, draw_noise
 
 
 class MaskedConv(nn.Conv2d):
@@ -88,9 +88,8 @@ class WindowPrior:
         """A draw, front after front; the temperature multiplies the Gaussians' noise."""
         b, c, H, W = self.base.mu.shape
         net, device = self.network, self.base.mu.device
-        source = generator.device if generator else device
-        eps = torch.randn((b, c, H, W), generator=generator, device=source).to(device)
-        noise = torch.rand((b, 1, H, W), generator=generator, device=source).to(device)
+        eps = draw_noise(torch.randn, (b, c, H, W), self.base.mu, generator)
+        noise = draw_noise(torch.rand, (b, 1, H, W), self.base.mu, generator)
         canvas = net.canvas(torch.zeros_like(eps))
         # a view: the window of each position, (B, c + 1, H, W, rows + 1, 2 columns + 1)
         windows = canvas.unfold(2, net.rows + 1, 1).unfold(3, 2 * net.columns + 1, 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from hvae.checkpoint import flatten_optimizer, load_state, restore_optimizer, write_tensors
+from hvae.checkpoint import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
 from hvae.optimizer import make_optimizers
 from hvae.parallel import data_parallel
 from hvae.text import possible_lengths
@@ -132,7 +132,9 @@ class Run:
         Raises:
             ValueError: there is no readable state, or its run has another architecture.
         """
-        tensors, metadata = load_state(path)
+        tensors, metadata = read_tensors(path)
+        if "optimizers" not in metadata:
+            raise InputError(f"{path}: not a training state")
         config = architecture(json.loads(json.dumps(self.model.config)))
         old = architecture(metadata["config"])
         names = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))

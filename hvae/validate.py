@@ -26,9 +26,12 @@ def validate_int(name: str, value, minimum: float = -math.inf, maximum: float = 
 
 
 def validate_number(name: str, value, low: float, high: float = math.inf) -> None:
-    """Raises InputError unless low <= value < high."""
-    if not (isinstance(value, Real) and not isinstance(value, bool) and low <= value < high):
-        raise InputError(f"{name}: expected a number from {low:g} to below {high:g}, got {value!r}")
+    """Raises InputError unless the value is a finite number with low <= value <= high."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and low <= value <= high and value < math.inf:
+        return
+    limits = f" from {low:g} to {high:g}" if high < math.inf else f" >= {low:g}"
+    raise InputError(f"{name}: expected a number{limits}, got {value!r}")
 
 
 def validate_choice(name: str, value, choices: Collection) -> None:

@@ -449,7 +449,7 @@ def test_the_best_guess_is_the_image(likelihood):
     f = torch.randn(2, 32, 6, 8, dtype=torch.float64)
     best = torch.cat([guess, f[:, 3:]], 1)
     net = network(likelihood)
-    assert (net(best).log_prob_of_guess(x) > net(f).log_prob_of_guess(x)).all()
+    assert (net(best).guess.log_prob(x) > net(f).guess.log_prob(x)).all()
 
 
 def test_the_weight_of_binary_pixels_rises_to_one():

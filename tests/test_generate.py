@@ -140,7 +140,7 @@ def tiles(image, n):
 
 def as_saved(images):
     """Images in [0, 1] as an RGB file holds them."""
-    return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+    return (255 * images).round().byte().expand(-1, 3, -1, -1)
 
 
 def pictures(figure, rows):

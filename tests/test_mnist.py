@@ -5,13 +5,13 @@ import struct
 
 import pytest
 import torch
+from test_trainer import read_csv
 from torch.utils.data import TensorDataset
 
 import generate
 import trainer
 from dataset import MNIST
 from generate import held_out_images, plot_manifold, plot_plane
-from hvae.checkpoint import read_csv
 from hvae.distributions import binarised
 from hvae.evaluation import evaluate, importance_bounds
 from model import CONFIGS, HVAE

@@ -20,6 +20,7 @@ from test_trainer import (  # noqa: F401
     content,
     fit,
     last_line,
+    read_csv,
     same,
     signal_in_step,
     tiny,
@@ -30,7 +31,7 @@ from torch.utils.data import Dataset, get_worker_info
 import trainer
 from generate import sample_sheet
 from hvae import parallel
-from hvae.checkpoint import atomic_write, locked, read_csv, read_tensors, write_tensors
+from hvae.checkpoint import atomic_write, locked, read_tensors, write_tensors
 from hvae.parallel import DeferredSignals
 from hvae.run import Run, architecture
 from model import HVAE

@@ -9,6 +9,7 @@ the same, bit for bit (on the CPU).
 """
 
 import argparse
+import csv
 import os
 import random
 import signal
@@ -23,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from hvae.checkpoint import read_csv, read_tensors  # noqa: E402
+from hvae.checkpoint import read_tensors  # noqa: E402
 
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 OPTIONS = "--size 16 48 --images 4000 --batch-size 8 --device cpu --resume".split()  # noqa: SIM905
@@ -99,7 +100,7 @@ def differences(one: Path, other: Path) -> list[str]:
         n for n in tensors.keys() & others.keys() if not torch.equal(tensors[n], others[n])
     ]
     different += [n for n in ("step", "clip", "optimizers") if state[n] != other_state[n]]
-    rows = [read_csv(out / "metrics.csv") for out in (one, other)]
+    rows = [list(csv.DictReader((out / "metrics.csv").open())) for out in (one, other)]
     for row in (*rows[0], *rows[1]):
         row.pop("seconds")
     return different + ["metrics.csv"] * (rows[0] != rows[1])

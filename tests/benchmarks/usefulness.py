@@ -108,7 +108,8 @@ def main() -> None:
         print(f"{len(folder)} training pictures, {len(test[0])} to test", flush=True)
         print("pictures   alone: symbols  texts   with samples: symbols  texts", flush=True)
         for n in sorted({min(n, len(folder)) for n in args.sizes}):
-            alone, both = torch.tensor(compare(folder.first(n), test, args)).view(2, 2).tolist()
+            figures = compare(folder.other_split("train", n), test, args)
+            alone, both = figures[:2], figures[2:]
             row = f"{n:8d} {alone[0]:16.3f} {alone[1]:6.3f} {both[0]:23.3f} {both[1]:6.3f}"
             print(row, flush=True)
 
