@@ -18,8 +18,9 @@ Captchas need each of these for samples that follow their text; short runs and d
         reconstruction is a weighted mean: the guess's, which teaches the latents, and a hundredth
         of -log p(x|z), which is enough for the context to learn it. Of binary images the weight
         of -log p(x|z) rises from 0 to 1: early on, a context would explain what latents should.
-    a last phase: with latents and priors frozen, only p(x|z) learns, and its weight against the
-        guess is 0.3 or more. Context and features then fit latents that no longer move.
+    a last phase: with latents and priors frozen, only p(x|z) learns, in four updates from each
+        batch, and its weight against the guess is 0.3 or more. Context and features then fit
+        latents that no longer move.
     a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
         fitted to q(z_L), until the last phase.
 """
@@ -60,6 +61,7 @@ from model import CONFIGS, HVAE, ELBOTerms, Level
 SHORT_RUN = 2_000  # steps
 CAPTCHA_VALUES = 3 * 60 * 160  # of the image for which the default of free_nats was found
 FROZEN_PIXEL_WEIGHT = 0.3  # the least in the last phase, where latents have nothing to lose
+FROZEN_UPDATES = 4  # from each batch of the last phase: the context learns most from small ones
 VERSION = "2.2"  # of this code, written into every checkpoint
 
 
@@ -373,7 +375,7 @@ def take_steps(
 
 
 def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
-    """One step: batch, loss, backward, clip, step, average. Returns the terms of the ELBO."""
+    """Learns from a batch: in one update, in the last phase in four. Returns the ELBO's terms."""
     model, hp, device = run.model, run.hp, run.device
     if run.step >= hp.frozen_from and not run.is_frozen:
         run.begin_last_phase()
@@ -387,7 +389,18 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     y = y.to(device, non_blocking=True) if model.text_length is not None else None
     closed = parallel.shard(hp.closed_at(run.step, len(model.levels))).to(device)
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
+    size = math.ceil(len(x) / (FROZEN_UPDATES if run.is_frozen else 1))
+    texts = [None] * len(x) if y is None else y.split(size)
+    parts = zip(x.split(size), texts, closed.split(size), strict=False)
+    rows = [update(run, *part) for part in parts]
+    run.step += 1
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def update(run: Run, x: Tensor, y: Tensor | None, closed: Tensor) -> dict[str, float]:
+    """One update of the weights: loss, backward, clip, step, average."""
+    model, hp = run.model, run.hp
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
         terms = run.forward(x, y, closed)
     beta, pixel_weight = hp.beta_at(run.step), hp.pixel_weight_at(run.step)
     loss = objective(terms, beta, run.free_nats, closed, pixel_weight)
@@ -396,12 +409,10 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
 
     model.zero_grad(set_to_none=True)
     loss.backward()
-    lr = hp.lr_at(run.step)
-    run.step += 1
     if run.clip(model):
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = hp.lr_at(run.step)
             optimizer.step()
         run.average.update_parameters(model)
     else:  # a broken image must not stay in the statistics of batch normalisation either

@@ -883,6 +883,15 @@ def test_schedules_follow_the_number_of_steps(steps, expected):
     assert Hyperparameters(steps=steps, warmup=7, closed_share=0.25).closed_share == 0.25
 
 
+def test_a_batch_of_the_last_phase_makes_four_updates(tmp_path, monkeypatch):
+    sizes, original = [], trainer.update
+    record = lambda run, x, *rest: sizes.append(len(x)) or original(run, x, *rest)
+    monkeypatch.setattr(trainer, "update", record)
+    _, history = fit(tmp_path, with_context(), steps=4, batch_size=8, frozen_share=0.5)
+    assert sizes == [8] * 2 + [2] * 8
+    assert history[-1]["step"] == 4 and history[-1]["images"] == 32
+
+
 def test_only_the_top_is_open_in_the_first_third(tmp_path, monkeypatch):
     seen, original = [], trainer.objective
     record = lambda *args: seen.append(args[3].tolist()) or original(*args)
