@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # tiny models; more threads wait for each other on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
 multiprocessing.set_forkserver_preload(["trainer"])  # its processes start without the imports
 
 
