@@ -200,12 +200,13 @@ class Level(nn.Module):
         c_z, *size = self.shape = shape
         self.c_out, self.top_down = c_out, top_down
         self.p = None if top else Head(c_h, c_h, c_z, size, logvar=0.0)
-        self.flow, self.window, self.prior_features = flow, window, prior_features
         # at the start z must exceed its sampling noise, or the decoder learns to ignore it
         self.q = Head(c + c_h if top_down else c, c, c_z, size, logvar=-3.0, scale=3.0)
         self.from_z = project(c_z, c_out, size)
         if top_down:
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
+        # at the end: the state of a run keeps its optimizers' numbers in the order of parameters
+        self.window, self.prior_features, self.flow = window, prior_features, flow
 
     def prior(self, h: Tensor, y: Tensor | None = None) -> Prior:
         """p(z_l | z_{l+1..L}, y). Of p(z_L) only h's batch size matters, unless it has a window."""

@@ -389,9 +389,9 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     y = y.to(device, non_blocking=True) if model.text_length is not None else None
     closed = parallel.shard(hp.closed_at(run.step, len(model.levels))).to(device)
 
-    size = math.ceil(len(x) / (FROZEN_UPDATES if run.is_frozen else 1))
-    texts = [None] * len(x) if y is None else y.split(size)
-    parts = zip(x.split(size), texts, closed.split(size), strict=False)
+    n = min(len(x), FROZEN_UPDATES) if run.is_frozen else 1
+    texts = [None] * n if y is None else y.tensor_split(n)
+    parts = zip(x.tensor_split(n), texts, closed.tensor_split(n), strict=True)
     rows = [update(run, *part) for part in parts]
     run.step += 1
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

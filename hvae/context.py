@@ -195,7 +195,7 @@ class Pixels:
         parameters = self.parameters[:, : self.network.channels].float()
         if self.network.binary:
             return Bernoulli(parameters)
-        return Gaussian(parameters, torch.tensor(math.log(GUESS_SIGMA), device=self.f.device))
+        return Gaussian(parameters, torch.full((), math.log(GUESS_SIGMA), device=self.f.device))
 
     @property
     def image(self) -> Tensor:

@@ -17,7 +17,7 @@ from hvae.parallel import data_parallel
 from hvae.text import possible_lengths
 from hvae.validate import InputError
 
-PATIENCE = 20  # steps in a row without a finite gradient before a run gives up
+PATIENCE = 20  # updates in a row without a finite gradient before a run gives up
 
 
 class Run:
@@ -81,7 +81,7 @@ class Run:
             wrong = [f"{name} is {n}" for name, n in terms.items() if not math.isfinite(n)]
             raise FloatingPointError(
                 f"step {self.step}: {wrong[-1] if wrong else 'the gradient is not finite'}, after "
-                f"{PATIENCE} steps in a row without a finite gradient; the last checkpoint is good"
+                f"{PATIENCE} updates in a row with no finite gradient; the last checkpoint is good"
             )
 
     def add_row(self) -> dict:
