@@ -173,8 +173,8 @@ def save_individual(
         validate_file_names(model.charset)
     validate_number("temperature", temperature, 0)
     batches = SampleBatches(model, n, text, temperature, seed)
-    texts = [text for k in range(len(batches)) for text in batches.begin(k)[0]]
-    names = [f"{text}_{i:06d}.png" if text else f"{i:06d}.png" for i, text in enumerate(texts)]
+    texts = [drawn for k in range(len(batches)) for drawn in batches.begin(k)[0]]
+    names = [f"{drawn}_{i:06d}.png" if drawn else f"{i:06d}.png" for i, drawn in enumerate(texts)]
     folder = Path(folder)  # errors come before it is made
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise InputError(
@@ -358,10 +358,10 @@ def plot_plane(model: HVAE, dataset: Dataset, path: str | Path | None = None) ->
         ValueError: the model has more than one level, or its latent is not two numbers.
     """
     check_plane(model)
-    x, _, _ = first_images(model, dataset, len(dataset))
+    items = [dataset[i] for i in range(len(dataset))]
+    x, _, _ = first_images(model, items, len(items))
     z = torch.cat([model.infer(part)[1][0].q.mu.cpu() for part in x.split(500)])
-    labels = [dataset[i][1] for i in range(len(dataset))]
-    labels = [int(label[0]) if len(label) else 0 for label in labels]
+    labels = [int(label[0]) if len(label) else 0 for _, label in items]
     figure = Figure(figsize=(6, 5), layout="constrained")
     axis = figure.subplots()
     points = axis.scatter(z[:, 0], z[:, 1], c=labels, s=3, cmap="tab10")

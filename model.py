@@ -51,7 +51,7 @@ from hvae.validate import InputError, validate_int, validate_number
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
 
-# Arguments of HVAE by name.
+# Arguments of HVAE by name. Files written before these two existed mean None.
 WITHOUT_WINDOWS = {"context": None, "prior_context": None}
 BINARY_DIGITS = dict(
     WITHOUT_WINDOWS,
@@ -192,9 +192,9 @@ class Level(nn.Module):
         shape: tuple[int, ...],
         top: bool,
         top_down: bool,
-        flow: Flow | None = None,
         window: WindowNetwork | None = None,
         prior_features: PriorFeatures | None = None,
+        flow: Flow | None = None,
     ):
         super().__init__()
         c_z, *size = self.shape = shape
@@ -328,7 +328,7 @@ class HVAE(nn.Module):
         self, widths: Sequence[int], sizes: Sequence[Size], down: Sequence[Sequence[Layer]]
     ) -> None:
         """The latents z_1 ... z_L, with the windows, their features and the flow of the priors."""
-        L, c_z, size = len(widths), self.config["latent_channels"], self.config["prior_context"]
+        L, c_z, context = len(widths), self.config["latent_channels"], self.config["prior_context"]
         couplings = flow_couplings(self.config["flow"], c_z[-1], sizes[-1], self.top_down and L > 1)
         self.config["flow"] = couplings
         self.levels = nn.ModuleList()
@@ -336,16 +336,16 @@ class HVAE(nn.Module):
             top = l + 1 == L
             c_h = widths[l] if top else down[l + 1][-1].c_out
             c_out = down[l][0].c_in if down[l] else widths[l]
-            flow = window = features = None
+            window = features = flow = None
             if top and couplings:
                 flow = Flow(c_z[l], couplings)
             has_earlier = pixels(sizes[l]) > 1  # positions of the map
-            if size and has_earlier and (self.top_down or not top):
-                window = WindowNetwork(c_z[l], c_h, size)
+            if context and has_earlier and (self.top_down or not top):
+                window = WindowNetwork(c_z[l], c_h, context)
                 if not top and not sizes[l + 1]:
                     features = PriorFeatures(c_h, sizes[l], self.text_length, len(self.charset))
             shape = (c_z[l], *sizes[l])
-            parts = (flow, window, features)
+            parts = (window, features, flow)
             self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down, *parts))
 
     def add_text_inputs(self, c_top: int, sizes: Sequence[Size]) -> None:
@@ -707,7 +707,7 @@ class HVAE(nn.Module):
         """
         config, weights, provenance = load_checkpoint(path)
         try:
-            model = cls(**config)
+            model = cls(**{**WITHOUT_WINDOWS, **config})
             model.load_state_dict(weights)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = textwrap.shorten(str(error), 500)  # torch lists every weight

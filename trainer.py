@@ -108,7 +108,7 @@ class Hyperparameters:
         "default: the lower half of a ladder",
     )
     closed_share: float | None = option(
-        None, "share of each batch that has closed levels; default: 0.5; 0 in a short run", 0, 0.99
+        None, "share of each batch that has closed levels; default: 0.5; 0 in a short run", 0, 0.999
     )
     top_share: float = option(
         0.5,

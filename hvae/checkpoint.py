@@ -200,7 +200,7 @@ def locked(folder: Path) -> Iterator[None]:
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
     """A table with a column for each name in any of its rows; real numbers to four digits."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         for row in rows:

@@ -133,8 +133,9 @@ class Run:
             ValueError: there is no readable state, or its run has another architecture.
         """
         tensors, metadata = read_tensors(path)
-        if "optimizers" not in metadata:
-            raise InputError(f"{path}: not a training state")
+        if missing := {"step", "config", "optimizers"} - metadata.keys():
+            lacks = ", ".join(sorted(missing))
+            raise InputError(f"{path}: not a training state; it lacks {lacks}")
         config = architecture(json.loads(json.dumps(self.model.config)))
         old = architecture(metadata["config"])
         names = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
