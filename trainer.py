@@ -149,7 +149,7 @@ class Hyperparameters:
         "pixels (elastic deformation); for small data sets",
         0,
     )
-    eval_every: int = option(1000, "steps between evaluations, samples and checkpoints", 1)
+    eval_every: int = option(250, "steps between evaluations, samples and checkpoints", 1)
     log_every: int = option(50, "steps per row of metrics.csv", 1)
     seed: int = option(0, "of the weights, the noise and the order of the data", 0, 2**32 - 1)
 

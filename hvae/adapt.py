@@ -4,7 +4,7 @@ Most weights fit as they are. These are fitted, so that each layer says about wh
 
     first convolution     colours to grey: summed; grey to colours: shared evenly
     dense and its mirror  are stretched to the new map, and so are a first map h and places of texts
-    embeddings            symbol by symbol
+    embeddings            symbol by symbol; a letter may be known in the other case
     texts                 the places that both lengths have
 """
 
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvae.blocks import Block, Layer, Size, pixels
-from hvae.text import encode_text
 
 
 def adapted(model: nn.Module, **changes) -> tuple[nn.Module, list[str]]:
@@ -92,10 +91,13 @@ def fitted_undense(named: dict[str, Tensor], x: Layer, y: Layer) -> dict[str, Te
 
 
 def fitted_symbols(before: Tensor, after: Tensor, charset: str, new_charset: str) -> Tensor:
-    """The rows of the symbols that both charsets have."""
-    shared = "".join(symbol for symbol in new_charset if symbol in charset)
-    here, there = encode_text(shared, new_charset), encode_text(shared, charset)
-    return after.index_copy(0, here, before[there])
+    """The rows of the symbols that both charsets have, if only in the other case."""
+    fitted = after.clone()
+    for i, symbol in enumerate(new_charset):
+        known = symbol if symbol in charset else symbol.swapcase()
+        if known in charset:
+            fitted[i] = before[charset.index(known)]
+    return fitted
 
 
 def fitted_places(name: str, before: Tensor, after: Tensor) -> Tensor:

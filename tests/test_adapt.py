@@ -85,6 +85,15 @@ def test_symbols_and_places_that_both_have():
     assert "texts.0.bias" not in weights
 
 
+def test_a_letter_in_the_other_case():
+    """It begins as the letter that is known; its own case comes first."""
+    model, other = tiny(), tiny(charset="cXaC")
+    before, after = model.state_dict(), fitted_weights(model, other)
+    name = "texts.0.embedding.weight"
+    assert torch.equal(after[name][[0, 2, 3]], before[name][[2, 0, 2]])
+    assert torch.equal(after[name][1], other.state_dict()[name][1])
+
+
 def test_stretched_maps():
     maps = torch.rand(2, 3, 4, 5)
     assert stretched(maps, (4, 5)) is maps
