@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import captcha.image
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageFont, ImageOps
@@ -50,6 +51,8 @@ from hvae.validate import (
 
 SPLITS = ("train", "val", "test")
 DESCRIBED = ("seed", "split", "size", "text_length", "charset", "shortest")
+# where fonts that are given by name alone are looked up
+FONT_FOLDERS = (Path(captcha.image.DATA_DIR), Path(matplotlib.get_data_path()) / "fonts" / "ttf")
 MIN_SIDE = 8  # pixels of a rendered image; below, symbols cannot be told apart
 MAX_SHEET_PIXELS = 10**8  # a sheet is held in memory
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs a program
@@ -105,7 +108,8 @@ class CaptchaDataset(Dataset):
         image_size: (H, W) in pixels.
         text_length, charset: of the texts. Symbols that the fonts lack are drawn as boxes.
         shortest: symbols of the shortest text: lengths are drawn uniformly; None is text_length.
-        fonts: TrueType files, one drawn per symbol; None is the font of the renderer.
+        fonts: TrueType files, one drawn per symbol; None is the font of the renderer. Those that
+            come with captcha and matplotlib need no path: "DroidSansMono.ttf", "DejaVuSans.ttf".
         font_sizes: in pixels, one drawn per symbol; None is the renderer's (42, 50, 56).
 
     Raises:
@@ -133,8 +137,7 @@ class CaptchaDataset(Dataset):
         validate_charset(self.charset)
         validate_int("seed", self.seed)
         if self.fonts is not None:
-            validate_fonts(self.fonts)
-            self.fonts = [str(font) for font in self.fonts]
+            self.fonts = find_fonts(self.fonts)
         if self.font_sizes is not None:
             validate_font_sizes(self.font_sizes)
 
@@ -146,7 +149,7 @@ class CaptchaDataset(Dataset):
             "version": version("captcha"),
             **{name: getattr(self, name) for name in DESCRIBED},
             "image_size": [height, width],
-            "fonts": [str(Path(font).resolve()) for font in self.fonts] if self.fonts else None,
+            "fonts": [font_name(font) for font in self.fonts] if self.fonts else None,
             "font_sizes": list(self.font_sizes) if self.font_sizes else None,
         }
 
@@ -175,16 +178,28 @@ class CaptchaDataset(Dataset):
         return image.float() / 255, encode_text(text, self.charset, self.text_length)
 
 
-def validate_fonts(fonts: Sequence[str | Path]) -> None:
+def find_fonts(fonts: Sequence[str | Path]) -> list[str]:
+    """The paths of fonts, which are paths already, or names of files in FONT_FOLDERS."""
     if not isinstance(fonts, (tuple, list)) or not fonts:
         raise InputError(f"fonts: expected a list of font files, got {fonts!r}")
+    found = []
     for font in fonts:
-        if not Path(font).is_file():
+        places = [Path(font), *(folder / font for folder in FONT_FOLDERS)]
+        path = next((str(place) for place in places if place.is_file()), None)
+        if path is None:
             raise FileNotFoundError(f"fonts: no such file: {font}")
         try:
-            ImageFont.truetype(str(font), 10)
+            ImageFont.truetype(path, 10)
         except OSError as error:
             raise InputError(f"fonts: {font} is not a readable font ({error})") from error
+        found.append(path)
+    return found
+
+
+def font_name(path: str) -> str:
+    """How a checkpoint names a font, so that other machines find it, too."""
+    font = Path(path)
+    return font.name if font.parent in FONT_FOLDERS else str(font.resolve())
 
 
 def validate_font_sizes(sizes: Sequence[int]) -> None:
@@ -375,9 +390,13 @@ class CaptchaFolder(Dataset):
         return chosen
 
     def other_split(self, split: str | None, size: int) -> "CaptchaFolder":
-        """The first `size` images of another split; of all if it is None."""
+        """`size` images of another split, or of all if it is None: those with the lowest hashes.
+
+        The first by name would not do, because names begin with the texts.
+        """
         other = copy.copy(self)
-        other.split, other.order = split, self.indices(split)[:size]
+        by_hash = sorted(self.indices(split), key=self.hashes.__getitem__)
+        other.split, other.order = split, sorted(by_hash[:size])
         other.description = {**self.description, "split": split, "count": len(other)}
         return other
 

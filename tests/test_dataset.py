@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import secrets
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -271,6 +272,25 @@ def test_every_valid_setting_renders(height, width, length, charset, seed, font_
 def test_the_renderers_own_font_is_the_default():
     named = CaptchaDataset(3, fonts=captcha.image.DEFAULT_FONTS, font_sizes=(42, 50, 56))
     assert same(CaptchaDataset(3), named)
+
+
+def test_fonts_that_packages_bring_need_no_path():
+    """A checkpoint names them without one, so that any machine finds them; others keep theirs."""
+    default = captcha.image.DEFAULT_FONTS[0]
+    by_name = CaptchaDataset(3, fonts=["DroidSansMono.ttf", "DejaVuSerif.ttf"])
+    by_path = CaptchaDataset(3, fonts=[default, *by_name.fonts[1:]])
+    assert same(by_name, by_path) and not same(by_name, CaptchaDataset(3))
+    for dataset in (by_name, by_path, by_name.other_split("val", 2)):
+        assert dataset.description["fonts"] == ["DroidSansMono.ttf", "DejaVuSerif.ttf"]
+
+
+def test_a_font_elsewhere_keeps_its_path(tmp_path, monkeypatch):
+    """Also when a package has a file of that name."""
+    shutil.copy(captcha.image.DEFAULT_FONTS[0], tmp_path / "DejaVuSans.ttf")
+    monkeypatch.chdir(tmp_path)
+    dataset = CaptchaDataset(3, fonts=["DejaVuSans.ttf"])
+    assert dataset.description["fonts"] == [str(tmp_path / "DejaVuSans.ttf")]
+    assert same(dataset, CaptchaDataset(3))
 
 
 # ---------------------------------------------------------------------------- arguments
@@ -556,6 +576,16 @@ def test_three_images_make_three_splits(hashes, tmp_path):
     folder = CaptchaFolder(tmp_path)
     folder.hashes = [{"1": "3"}.get(digit, digit) * 16 for digit in hashes]
     assert [folder.other_split(split, 3).order for split in SPLITS].count([]) == 0
+
+
+def test_a_part_of_a_split_has_texts_of_all_kinds(tmp_path):
+    """Names begin with texts, so the first by name would share their first symbol."""
+    for i in range(200):
+        save(tmp_path / f"{'ABCDEFGHIJ'[i // 20]}_{i}.png", "RGB", (i, 0, 0))
+    folder = CaptchaFolder(tmp_path, text_length=1)
+    few, more = (folder.other_split("train", n).order for n in (40, 80))
+    assert len(few) == 40 and set(few) < set(more) and more == sorted(more)
+    assert len({folder.texts[i] for i in few}) >= 8
 
 
 def test_folder_errors_name_what_is_wrong(tmp_path):
