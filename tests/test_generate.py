@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import generate
-from dataset import CaptchaFolder
+from dataset import CaptchaDataset, CaptchaFolder
 from generate import (
     SampleBatches,
     fit_aggregate,
@@ -31,8 +31,10 @@ from generate import (
     save_individual,
     slerp,
 )
+from hvae.adapt import adapted
 from hvae.checkpoint import read_tensors
 from hvae.distributions import DiagonalGaussian
+from hvae.evaluation import evaluate
 from hvae.pictures import write_image
 from hvae.validate import InputError
 from model import HVAE, WITHOUT_WINDOWS
@@ -907,6 +909,22 @@ def test_shipped_samples_vary_and_follow_the_text(shipped):
     assert a.shape == (16, 3, 60, 160)
     assert a.std(0).mean() > 0.02 and b.std(0).mean() > 0.02
     assert (a.mean(0) - b.mean(0)).abs().mean() > 0.005  # same seed, same noise: the text alone
+
+
+def test_the_fonts_checkpoint_fits_grey_pictures():
+    """It knows both cases and several lengths; of other texts only their places are new."""
+    model = HVAE.load(generate.FOLDER / "fonts.pt")
+    render, _ = generate.held_out_images(model, limit=1, fonts=["DroidSansMono.ttf"])[0]
+    assert render.shape == model.input_shape
+    assert model.sample(2, ["a7Q", "bCd4Efg"], 1.0, seeded()).shape == (2, 3, 60, 160)
+    texts = dict(text_length=6, shortest=4, charset="23456789abcdefgh")
+    renders = CaptchaDataset(4, image_size=(40, 120), font_sizes=(28, 34), **texts)
+    pictures = [(image.mean(0, keepdim=True), label) for image, label in renders]
+    kind = dict(text_length=6, lengths=renders.lengths, charset=renders.charset)
+    grey, untrained = adapted(model, input_size=(40, 120), input_channels=1, **kind)
+    of_colours = lambda name: name.startswith("context.")
+    assert all(of_colours(name) or name.endswith(".bias") for name in untrained)
+    assert max(evaluate(grey.eval(), pictures)["kl"]) < 300
 
 
 def test_single_grey_images_are_rounded(tmp_path):

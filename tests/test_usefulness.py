@@ -26,9 +26,9 @@ def test_a_row_of_the_table(folder, tmp_path, monkeypatch, capsys):
     """Both readers' shares; the same ones again from the model that is there by then."""
     outer, inner = [("conv", 4, 2), ("res", 4)], [[("dense", 4)]]
     HVAE(outer, inner, (16, 32), text_length=2, charset="AB").save(tmp_path / "tiny.pt")
-    monkeypatch.setattr(usefulness, "CHECKPOINTS", {"captcha": tmp_path / "tiny.pt"})
     options = "--length 2 --charset ab --sizes 1000 --steps 2 --samples 8 --reader-steps 2"
-    command = ["usefulness.py", str(folder), *options.split(), "--out", str(tmp_path / "out")]
+    files = ["--init", str(tmp_path / "tiny.pt"), "--out", str(tmp_path / "out")]
+    command = ["usefulness.py", str(folder), *options.split(), *files]
     monkeypatch.setattr(sys, "argv", command)
     rows = []
     for _ in range(2):
@@ -37,6 +37,6 @@ def test_a_row_of_the_table(folder, tmp_path, monkeypatch, capsys):
     pictures, *shares = map(float, rows[0])
     assert len(shares) == 4 and all(0 <= share <= 1 for share in shares)
     assert rows[0] == rows[1]
-    run = tmp_path / "out" / f"pictures-{pictures:.0f}"
+    run = tmp_path / "out" / f"pictures-{pictures:.0f}-tiny"
     assert {"hvae.pt", "state.pt", "sheet.png"} <= {path.name for path in run.iterdir()}
     assert HVAE.load(run / "hvae.pt").charset == "ab"

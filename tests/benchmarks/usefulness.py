@@ -4,9 +4,9 @@
     python tests/benchmarks/usefulness.py captchas --length 6 \\
         --charset 23456789abcdefghkmnpqrstuvwxyz
 
-For every number of training pictures, a model begins with the shipped checkpoint and is trained on
-these pictures, and draws samples. A reader is trained on the pictures alone and on both, half of
-every batch each; both readers see augmented images and are tested on the folder's split 'test'.
+For every number of training pictures, a model begins with checkpoints/fonts.pt, is trained on these
+pictures, and draws samples. A reader is trained on the pictures alone and on both, half of every
+batch each; both readers see augmented images and are tested on the folder's split 'test'.
 """
 
 import sys
@@ -24,7 +24,7 @@ from quality import accuracy, labels, random_texts, samples_of
 from reader import balanced, fit_reader, kind_of, shuffled
 
 from dataset import CaptchaFolder
-from generate import CHECKPOINTS, sample_sheet
+from generate import FOLDER, sample_sheet
 from hvae.adapt import adapted
 from hvae.cli import make_parser, one_line_errors, path_argument
 from hvae.parallel import keep_memory
@@ -60,19 +60,20 @@ def augmented(batches, seed: int = 0):
         yield x.clamp(0, 1), y
 
 
-def fit_model(pictures: CaptchaFolder, steps: int, shift: int, warp: float, out: Path) -> HVAE:
+def fit_model(pictures: CaptchaFolder, args, out: Path) -> HVAE:
     """A model of these pictures; a tenth of them chooses the best."""
-    model, _ = adapted(HVAE.load(CHECKPOINTS["captcha"]), **data_arguments(pictures))
+    model, _ = adapted(HVAE.load(args.init), **data_arguments(pictures))
     model.provenance = {}
     data = Subset(pictures, range(len(pictures)))
-    settings = dict(steps=steps, shift=shift, warp=warp, eval_every=max(1, steps // 8))
+    settings = dict(steps=args.steps, shift=args.shift, warp=args.warp)
+    settings["eval_every"] = max(1, args.steps // 8)
     return train(model, data, out=out, resume=True, **settings)[0]
 
 
 def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[float]:
     """Shares of symbols and texts that the readers read: of pictures alone, of both."""
-    out = Path(args.out) / f"{pictures.root.name}-{len(pictures)}"
-    model = fit_model(pictures, args.steps, args.shift, args.warp, out)
+    out = Path(args.out) / f"{pictures.root.name}-{len(pictures)}-{Path(args.init).stem}"
+    model = fit_model(pictures, args, out)
     write_image(sample_sheet(model, 40, captions=True), out / "sheet.png")
     texts = random_texts(args.samples, model, seed=0)
     drawn = samples_of(model, 1.0)(texts, "useful"), labels(texts, model)
@@ -92,7 +93,8 @@ def main() -> None:
     add("--length", type=int, required=True, help="symbols in the longest text")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
     add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000], help="training pictures")
-    add("--steps", type=int, default=4500, help="of a model's training")
+    add("--init", type=path_argument, default=FOLDER / "fonts.pt", help="what a model begins with")
+    add("--steps", type=int, default=2000, help="of a model's training")
     add("--shift", type=int, default=2, help="pixels that its images are moved by")
     add("--warp", type=float, default=3, help="pixels that their points move by, bent")
     add("--samples", type=int, default=20_000, help="that a reader is given")
