@@ -594,7 +594,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--shortest", type=int, help="symbols in the shortest text; as many as in the longest")
     option("--charset", default=DIGITS + UPPERCASE, help="the symbols to draw from")
     option("--size", type=int, nargs=2, default=(60, 160), metavar=("H", "W"), help="in pixels")
-    option("--fonts", type=path_argument, nargs="+", metavar="FILE", help="TrueType files")
+    option("--fonts", type=path_argument, nargs="+", metavar="FILE", help="font files, or names")
     args = parser.parse_args(arguments)
     with one_line_errors(parser):
         validate_int("--n", args.n, 1)

@@ -771,7 +771,7 @@ def training_parser() -> argparse.ArgumentParser:
     add("--length", type=int, help="symbols in the longest text; default: 4 for renders, else none")
     add("--shortest", type=int, help="symbols in the shortest text; default: --length for renders")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
-    add("--fonts", nargs="+", type=path_argument, metavar="FILE", help="TrueType files, or names")
+    add("--fonts", nargs="+", type=path_argument, metavar="FILE", help="font files, or names")
     add("--images", type=int, help="images to render (default: a million), or to evaluate on")
     add("--workers", type=int, default=1, help="processes that load or render")
     add = parser.add_argument_group("model").add_argument

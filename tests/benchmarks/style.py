@@ -11,21 +11,20 @@ import random
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dataset import find_fonts
 from hvae.cli import make_parser, one_line_errors, path_argument
 
 HEIGHT, WIDTH = 40, 120
 CHARSET = "23456789abcdefghkmnpqrstuvwxyz"
-FONTS = [
-    str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVu{name}.ttf")
-    for name in ("Sans-Oblique", "Serif-Italic", "SansMono-BoldOblique")
-]
+FONTS = find_fonts(
+    ["DejaVuSans-Oblique.ttf", "DejaVuSerif-Italic.ttf", "DejaVuSansMono-BoldOblique.ttf"]
+)
 
 
 def draw(text: str, stream: random.Random) -> Image.Image:

@@ -65,9 +65,9 @@ def fit_model(pictures: CaptchaFolder, args, out: Path) -> HVAE:
     model, _ = adapted(HVAE.load(args.init), **data_arguments(pictures))
     model.provenance = {}
     data = Subset(pictures, range(len(pictures)))
-    settings = dict(steps=args.steps, shift=args.shift, warp=args.warp)
-    settings["eval_every"] = max(1, args.steps // 8)
-    return train(model, data, out=out, resume=True, **settings)[0]
+    settings = {name: getattr(args, name) for name in ("steps", "shift", "warp")}
+    every = max(1, args.steps // 8)
+    return train(model, data, out=out, resume=True, eval_every=every, **settings)[0]
 
 
 def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[float]:
