@@ -107,7 +107,7 @@ class CaptchaDataset(Dataset):
         split: 'train', 'val' or 'test'.
         image_size: (H, W) in pixels.
         text_length, charset: of the texts. Symbols that the fonts lack are drawn as boxes.
-        shortest: symbols of the shortest text: lengths are drawn uniformly; None is text_length.
+        shortest: fewest symbols; each length up to text_length is as frequent. None is text_length.
         fonts: TrueType files, one drawn per symbol; None is the font of the renderer. Those that
             come with captcha and matplotlib need no path: "DroidSansMono.ttf", "DejaVuSans.ttf".
         font_sizes: in pixels, one drawn per symbol; None is the renderer's (42, 50, 56).
@@ -246,7 +246,7 @@ class CaptchaFolder(Dataset):
         root: the folder.
         image_size: (H, W) to resize to; None keeps the size, which all images must share.
         text_length: of the longest texts; None reads no texts, and the labels are empty, (0,).
-        shortest: symbols that a text must have.
+        shortest: fewest symbols of a text.
         charset: of the texts; None is the digits and the upper-case letters.
         skip_bad: leave out files that would raise, with a warning each, and list them in `skipped`.
         channels: 3 (RGB) or 1 (grey); None is 1 if all files are grey.
@@ -299,6 +299,8 @@ class CaptchaFolder(Dataset):
                 stacklevel=2,
             )
         self.lengths = None if text_length is None else self.count_lengths()
+        if text_length is not None and charset is None:
+            self.warn_of_unused_symbols()
         self.order = self.indices(split)
         self.description = {
             "folder": self.root.resolve().name,
@@ -373,6 +375,15 @@ class CaptchaFolder(Dataset):
         if counts[self.text_length] == len(lengths):
             return None
         return [counts[n] for n in range(1, self.text_length + 1)]
+
+    def warn_of_unused_symbols(self) -> None:
+        used = set("".join(self.texts))
+        if unused := [symbol for symbol in self.charset if symbol not in used]:
+            warnings.warn(
+                f"{self.root}: no text has {''.join(unused)}, but samples may; what occurs is the "
+                f"charset {''.join(sorted(used))} (--charset)",
+                stacklevel=3,
+            )
 
     def indices(self, split: str | None) -> list[int]:
         """The images of a split. Where chance leaves it none, the nearest hash is taken."""

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dataset import MNIST, CaptchaDataset, CaptchaFolder, validate_file_names
+from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder
 from hvae.checkpoint import write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian, binarised
@@ -161,20 +161,21 @@ def save_individual(
 ) -> None:
     """Writes n samples as TEXT_INDEX.png, at the end a labels.csv, for dataset.CaptchaFolder.
 
-    Without a text the names are INDEX.png, and there is no labels.csv. `resume` keeps batches
-    whose files are all there: they must come from the same call.
+    A text that cannot begin a file's name is only in labels.csv, and the name is INDEX.png. Without
+    texts there is no labels.csv. `resume` keeps batches whose files are all there: they must come
+    from the same call.
 
     Raises:
-        ValueError: n < 1, a bad temperature, a text the model cannot draw, a charset with symbols
-            that a file's name cannot hold, or a folder with other files.
+        ValueError: n < 1, a bad temperature, a text the model cannot draw, or a folder with other
+            files.
     """
     validate_int("n", n, 1)
-    if model.text_length is not None:
-        validate_file_names(model.charset)
     validate_number("temperature", temperature, 0)
     batches = SampleBatches(model, n, text, temperature, seed)
     texts = [drawn for k in range(len(batches)) for drawn in batches.begin(k)[0]]
-    names = [f"{drawn}_{i:06d}.png" if drawn else f"{i:06d}.png" for i, drawn in enumerate(texts)]
+    is_name = lambda drawn: drawn and not set(drawn) & set(UNSAFE)
+    starts = [f"{drawn}_" if is_name(drawn) else "" for drawn in texts]
+    names = [f"{start}{i:06d}.png" for i, start in enumerate(starts)]
     folder = Path(folder)  # errors come before it is made
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise InputError(
@@ -442,7 +443,7 @@ def held_out_images(
         limit: how many; None is 512 renders, or all of the others. Of MNIST they are evenly spaced,
             because the first half of its test set is easier than the second.
         fonts: to render with.
-        folder: other images, all of them; of the folder trained on, its split 'test'.
+        folder: use this folder: all of it, or its split 'test' if the model was trained on it.
         skip_bad: leave out damaged or misnamed files of the folder.
 
     Raises:

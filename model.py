@@ -51,7 +51,7 @@ from hvae.validate import InputError, validate_int, validate_number
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
 
-# Arguments of HVAE by name. Files written before these two existed mean None.
+# Arguments of HVAE by name. Older files lack both: then they are None.
 WITHOUT_WINDOWS = {"context": None, "prior_context": None}
 BINARY_DIGITS = dict(
     WITHOUT_WINDOWS,
@@ -180,8 +180,8 @@ class Level(nn.Module):
     """The latent z_l: its prior p, its posterior q, and its way into the generation path.
 
     d are the inference features (B, c, *size), h the generation features (B, c_h, *size), and
-    merge() gives (B, c_out, *size). The prior may have a flow, if this is the top level, or a
-    window, if it is a map, with features of its own for that window, if it is below a vector.
+    merge() gives (B, c_out, *size). The prior may be a flow, at the top only, or have a window, if
+    it is a map. The window of a map directly below a vector reads PriorFeatures instead of h.
     """
 
     def __init__(

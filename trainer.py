@@ -1,6 +1,6 @@
 """train() fits an HVAE; plot_history() draws how it went; evaluate() is in hvae/evaluation.py.
 
-The loss of a batch, in nats per image (`objective`; of a flow also `flow_loss`):
+The loss of a batch, in nats per image (`objective`, and for a flow `flow_loss`):
 
     reconstruction + beta * sum_l max(KL_l, free_nats_l)  [ - log p(z_L) of the z_L drawn ]
 
@@ -59,6 +59,7 @@ from hvae.validate import InputError, per_level, validate_int, validate_number
 from model import CONFIGS, HVAE, ELBOTerms, Level
 
 SHORT_RUN = 2_000  # steps
+FEW_IMAGES = 5_000  # so few are augmented by default
 CAPTCHA_VALUES = 3 * 60 * 160  # of the image for which the default of free_nats was found
 FROZEN_PIXEL_WEIGHT = 0.3  # the least in the last phase, where latents have nothing to lose
 FROZEN_UPDATES = 4  # from each batch of the last phase: the context learns most from small ones
@@ -140,14 +141,25 @@ class Hyperparameters:
         1,
     )
     binarise: bool = option(False, "draw every pixel as 0 or 1, anew at every step")
-    shift: int = option(
-        0, "augmentation: images are moved by up to so many pixels; for small data sets", 0
-    )
-    warp: float = option(
-        0.0,
-        "augmentation until the last phase: images are bent, their points move by up to so many "
-        "pixels (elastic deformation); for small data sets",
+    shift: int | None = option(
+        None,
+        "augmentation: images are moved by up to so many pixels; default: 0, of fewer than 5,000 "
+        "images a twentieth of the shorter side",
         0,
+    )
+    warp: float | None = option(
+        None,
+        "augmentation until the last phase or quarter: images are bent, their points move by up to "
+        "so many pixels (elastic deformation); default: 0, of fewer than 5,000 images 0.075 of the "
+        "shorter side",
+        0,
+    )
+    window_noise: float | None = option(
+        None,
+        "share of the values in the windows of p(x|z) that are replaced at random; default: 0.005, "
+        "of fewer than 5,000 images 0.05 divided by their channels",
+        0,
+        1,
     )
     eval_every: int = option(250, "steps between evaluations, samples and checkpoints", 1)
     log_every: int = option(50, "steps per row of metrics.csv", 1)
@@ -165,12 +177,15 @@ class Hyperparameters:
                 setattr(self, f.name, float(value))  # numpy's numbers are not JSON
             elif kind is bool:
                 setattr(self, f.name, bool(value))
-        by_steps = {
-            "warmup": min(200, self.steps // 2),
-            "beta_start": 1.0 if self.is_short else 5.0,
-            "closed_share": 0.0 if self.is_short else 0.5,
-        }
-        for name, value in by_steps.items():
+        self.fill(
+            warmup=min(200, self.steps // 2),
+            beta_start=1.0 if self.is_short else 5.0,
+            closed_share=0.0 if self.is_short else 0.5,
+        )
+
+    def fill(self, **defaults) -> None:
+        """Sets those that are None."""
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
@@ -179,31 +194,37 @@ class Hyperparameters:
         """Too short to learn texts: no beta above 1, free nats, closed levels by default."""
         return self.steps < SHORT_RUN
 
-    def fit_to(self, model: HVAE) -> None:
-        """Sets what depends on the model: on the number of its levels, and on its pixels.
+    def fit_to(self, model: HVAE, images: float = math.inf) -> None:
+        """Sets what depends on the model, its levels and pixels, and on the number of images.
 
         Raises:
             ValueError: there are other numbers of free nats, or fewer levels to close.
         """
-        levels = len(model.levels)
-        share = 0 if self.is_short else min(1, math.prod(model.input_shape) / CAPTCHA_VALUES)
-        default = [40.0 * share] * (levels - 1) + [80.0 * share]
-        free_nats = default if self.free_nats is None else self.free_nats
-        self.free_nats = per_level("free_nats", free_nats, levels)
-        below_top = levels - 1 if model.top_down else 0
+        levels, (channels, *size) = len(model.levels), model.input_shape
         binary = model.config["likelihood"] == "bernoulli"
-        if self.frozen_share is None:
-            has_phase = model.context is not None and not binary and not self.is_short
-            self.frozen_share = 0.25 if has_phase else 0.0
+        has_phase = model.context is not None and not binary and not self.is_short
+        few = images < FEW_IMAGES and not binary
+        nats = 0 if self.is_short else 40 * min(1, math.prod(model.input_shape) / CAPTCHA_VALUES)
+        below_top = levels - 1 if model.top_down else 0
+        self.fill(
+            frozen_share=0.25 if has_phase else 0.0,
+            free_nats=[nats] * (levels - 1) + [2 * nats],
+            closed_levels=min((levels + 1) // 2, below_top),
+            pixel_rise=0.6 if binary else 0.0,
+            shift=round(0.05 * min(size)) if few else 0,
+            warp=0.075 * min(size) if few else 0.0,
+            window_noise=0.05 / channels if few else 0.005,
+        )
+        self.fill(pixel_weight=0.0 if binary else 0.01 if self.frozen_share else 0.05)
+        self.free_nats = per_level("free_nats", self.free_nats, levels)
+        validate_int("closed_levels", self.closed_levels, 0, below_top)
         longest = max(1, round(0.7 * self.frozen_from))
         self.beta_steps = min(self.beta_steps or longest, longest)
-        if self.closed_levels is None:
-            self.closed_levels = min((levels + 1) // 2, below_top)
-        validate_int("closed_levels", self.closed_levels, 0, below_top)
-        if self.pixel_weight is None:
-            self.pixel_weight = 0.0 if binary else 0.01 if self.frozen_share else 0.05
-        if self.pixel_rise is None:
-            self.pixel_rise = 0.6 if binary else 0.0
+
+    @property
+    def warped_until(self) -> int:
+        """The first step of which the images are not bent."""
+        return min(self.frozen_from, round(0.75 * self.steps))
 
     @property
     def frozen_from(self) -> int:
@@ -303,8 +324,8 @@ def train(
     torch.manual_seed(hp.seed)
     dataset = CaptchaDataset(1_000_000) if dataset is None else dataset
     model = model_for(dataset) if model is None else model
-    hp.fit_to(model)
     train_set, val_set = hold_out(dataset, hp.seed, val_dataset)
+    hp.fit_to(model, len(train_set))
     validate_sets(model, hp, train_set, val_set)
     description = description_of(dataset)
 
@@ -312,6 +333,11 @@ def train(
     with locked(out) if parallel.rank() == 0 else nullcontext():
         bf16 = has_bf16(device) if bf16 is None else bf16
         run = Run(model, hp, device, bf16, description, images=len(train_set))
+        if parallel.rank() == 0 and (hp.shift or hp.warp):
+            tqdm.write(
+                f"{len(train_set):,} images, moved by up to {hp.shift} pixels (shift) and bent by "
+                f"up to {hp.warp:g} (warp)"
+            )
         begin_or_resume(run, train_set, out)
         try:
             take_steps(run, train_set, val_set, out, workers, keep)
@@ -384,7 +410,7 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
         torch.manual_seed(noise)
     x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
     x = shifted(x, hp.shift) if hp.shift else x
-    x = warped(x, hp.warp) if hp.warp and not run.is_frozen else x
+    x = warped(x, hp.warp) if hp.warp and run.step < hp.warped_until else x
     x = binarised(x) if hp.binarise else x
     y = y.to(device, non_blocking=True) if model.text_length is not None else None
     closed = parallel.shard(hp.closed_at(run.step, len(model.levels))).to(device)

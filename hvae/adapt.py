@@ -1,9 +1,9 @@
 """Weights for a model of other images and texts, from a model of the same blocks.
 
-Most weights fit as they are. These are fitted, so that each layer says about what it said before:
+Most weights fit as they are. These change shape, so that each layer computes about what it did:
 
     first convolution     colours to grey: summed; grey to colours: shared evenly
-    dense and its mirror  are stretched to the new map, and so are a first map h and places of texts
+    dense and its mirror  interpolated to the new map, as are a first map h and the texts' places
     embeddings            symbol by symbol; a letter may be known in the other case
     texts                 the places that both lengths have
 """

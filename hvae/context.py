@@ -32,7 +32,6 @@ BASES = 6  # that a mean starts from: left, above, a gradient, a blend, paper, i
 CHUNK = 1 << 16  # pixels scored at once: bounds the memory
 KEEP_EDGE, KEEP_FLAT = 0.05, 0.01  # shares of the pixels of 60x160 that a training step scores
 GUESS_SIGMA = 0.4  # for images in [-1, 1]
-CORRUPT = 0.005  # share of the window's values that are replaced at random in training
 
 
 class ContextNetwork(nn.Module):
@@ -54,6 +53,7 @@ class ContextNetwork(nn.Module):
         super().__init__()
         width = self.width
         self.rows, self.columns = context
+        self.window_noise = 0.005  # share of values replaced at random in training
         self.channels, self.mixtures = channels, mixtures
         self.binary = likelihood == "bernoulli"
         taps = self.rows * (2 * self.columns + 1) + self.columns  # the left pixel is the last
@@ -109,7 +109,7 @@ class ContextNetwork(nn.Module):
             differences = window - left
             h = self.trunk(torch.cat([root(differences), left / 64 - 3]), f)
             return self.logistics(h, window, channel_products(differences), x, noise)
-        # zeros where 8-bit pixels have the level of the left one: the windows have it already
+        # 8-bit pixels have the level of the left one here; a binary window shows it, so zeros
         h = self.trunk(torch.cat([window, torch.zeros_like(left)]), f)
         logit = (self.out(h).to(window) + f[:, : self.channels].to(window)).T
         if x is None:
@@ -225,7 +225,7 @@ class Pixels:
         i = (torch.rand_like(keep) < keep).nonzero()[:, 0]
         image = i // math.prod(self.size)
         other = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
-        seen = torch.where(torch.rand_like(x) < CORRUPT, other, x)
+        seen = torch.where(torch.rand_like(x) < self.network.window_noise, other, x)
         palette = self.palette(x)
         log_p = self.score(self.canvas(x), self.canvas(seen), palette, i).sum(1)
         log_p = x.new_zeros(len(x)).index_add(0, image, log_p / keep[i])
@@ -327,8 +327,8 @@ def ridge_slopes(
     """How channel c follows each channel before it, (N,) each: ridge regressions, in turn.
 
     products[c][d] (N,) are of channels c and d, summed over the window. They are updated in place:
-    row and column c then belong to what is left of channel c. expected (N, c) are the slopes of a
-    window without colour.
+    row and column c then describe what is left of channel c. expected (N, c) are the slopes where
+    the window has no colour.
     """
     slopes = []
     for d in range(c):

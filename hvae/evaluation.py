@@ -27,8 +27,8 @@ def evaluate(
     Returns:
         elbo, reconstruction, kl (a list, z_1 first); log_likelihood, the importance-weighted
         lower bound on log p(x) with that many draws of z (Burda et al. 2016, eq. 8); bounds, the
-        same for 1, 10, 100, ... of those draws; bits_per_dim of the bound (of one draw: of the
-        ELBO), or None unless the likelihood is a probability of 8-bit images ('logistic').
+        same for 1, 10, 100, ... of those draws; bits_per_dim of log_likelihood (with one draw,
+        of the ELBO), or None unless the likelihood is a probability of 8-bit images ('logistic').
     """
     validate_int("importance_samples", importance_samples, 1)
     if len(dataset) == 0:

@@ -14,28 +14,42 @@ from torch import Tensor, nn
 from hvae.distributions import LogisticMixture
 
 LEVELS = 256
+NEAR = 32  # levels to each side of a span's middle
 INK, DEEPEST = 0.25, 0.9  # least distances from the paper, as shares of the farthest pixel's
 
 
 def palette_of(x: Tensor) -> Tensor:
     """The palettes of images x (B, C, H, W) on the scale 0 ... 255: (B, 3, C) levels, of x's type.
 
-    Paper is each channel's commonest level. Ink and the deepest colour are the commonest levels of
-    the pixels that are far, and that are farthest, from the paper. As channels are counted one by
-    one, a colour may be that of no pixel.
+    Paper is each channel's commonest level in the span that has the most pixels: where paper is
+    uneven, an even ink can have the commonest level of all. Ink and the deepest colour are the
+    commonest levels of the pixels that are far, and that are farthest, from the paper. As channels
+    are counted one by one, a colour may be that of no pixel.
     """
     levels = x.flatten(2).nan_to_num().round().clamp(0, LEVELS - 1).long()
-    paper = commonest(levels, torch.ones_like(levels[:, :1]))
+    paper = commonest(levels, is_near_most(levels))
     distance = (levels - paper[..., None]).abs().sum(1, keepdim=True)
     farthest = distance.amax(2, keepdim=True)
     far = [commonest(levels, distance >= least * farthest) for least in (INK, DEEPEST)]
     return torch.stack([paper, *far], 1).to(x)
 
 
+def is_near_most(levels: Tensor) -> Tensor:
+    """(B, C, N): whether a pixel's level lies in the span that has the most pixels."""
+    counts = histogram(levels, torch.ones_like(levels))
+    middle = F.avg_pool1d(counts, 2 * NEAR + 1, 1, NEAR).argmax(2, keepdim=True)
+    return (levels - middle).abs() <= NEAR
+
+
 def commonest(levels: Tensor, counted: Tensor) -> Tensor:
-    """(B, C), of levels (B, C, N); counted (B, 1, N) says of which pixels."""
+    """(B, C), of levels (B, C, N); counted (B, 1 or C, N) says of which pixels."""
+    return histogram(levels, counted).argmax(2)
+
+
+def histogram(levels: Tensor, counted: Tensor) -> Tensor:
+    """(B, C, 256): how many of the counted pixels have each level."""
     counts = torch.zeros(*levels.shape[:2], LEVELS, device=levels.device)
-    return counts.scatter_add_(2, levels, counted.to(counts).expand(levels.shape)).argmax(2)
+    return counts.scatter_add_(2, levels, counted.to(counts).expand(levels.shape))
 
 
 class PaletteNetwork(nn.Module):

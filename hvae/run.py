@@ -35,6 +35,8 @@ class Run:
         self, model: nn.Module, hp, device: torch.device, bf16: bool, description, images: int
     ):
         self.model, self.hp = model.to(device).train(), hp
+        if model.context is not None:
+            model.context.window_noise = hp.window_noise
         self.settings = {**asdict(hp), "images": images}
         self.device, self.bf16, self.description = device, bf16, description
         self.forward = data_parallel(model)
@@ -146,6 +148,9 @@ class Run:
             for name, old in metadata["settings"].items()
             if self.settings.get(name) != old
         ]
+        old = metadata["provenance"].get("data")
+        if without_place(old) != without_place(json.loads(json.dumps(self.description))):
+            changes.append("other data")
         if changes:
             warnings.warn(f"{path}: resuming with {', '.join(changes)}", stacklevel=2)
         for name, module in (("model", self.model), ("average", self.average)):
@@ -176,6 +181,13 @@ def architecture(config: dict) -> dict:
     """A config in which texts' lengths are those that occur, however frequent they are."""
     lengths = config.get("lengths")
     return {**config, "lengths": lengths and possible_lengths(lengths)}
+
+
+def without_place(description):
+    """Of data, without where they lie: a folder may move."""
+    if not isinstance(description, dict):
+        return description
+    return {k: v for k, v in description.items() if k not in ("folder", "path")}
 
 
 class GradientClipper:

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import captcha.image
@@ -541,6 +542,18 @@ def test_labels_csv_stands_beside_names(tmp_path):
     (tmp_path / "labels.csv").write_text("name,text\none.png,ABC\n")
     with pytest.raises(ValueError, match=r"one\.png: its text in labels\.csv"):
         CaptchaFolder(tmp_path, text_length=2)
+
+
+def test_symbols_that_no_text_has(tmp_path):
+    """Samples would ask for them, so the charset that would not is named."""
+    for text in ("AB", "B2"):
+        save(tmp_path / f"{text}.png")
+    with pytest.warns(UserWarning, match="no text has 013.*charset 2AB "):
+        CaptchaFolder(tmp_path, text_length=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CaptchaFolder(tmp_path, text_length=2, charset="AB2C")
+        CaptchaFolder(tmp_path)
 
 
 def test_a_new_file_moves_no_other_to_another_split(tmp_path):

@@ -324,12 +324,16 @@ def test_individual_files_are_numbered_without_a_progress_bar(unconditional, mon
     assert written("out") == ["000000.png", "000001.png", "000002.png"]
 
 
-def test_charset_that_no_file_name_holds():
-    with pytest.raises(InputError, match="charset"):
-        save_individual(tiny(charset="AB/"), "out", 3)
-    assert not Path("out").exists()
-    save_individual(tiny(charset="AB/", text_length=None), "out", 1)  # draws no texts
-    assert written("out") == ["000000.png"]
+def test_texts_that_no_file_name_holds():
+    """They stand in labels.csv alone, and the folder reads back."""
+    model = tiny(charset="A/.")
+    save_individual(model, "out", 20)
+    folder = CaptchaFolder("out", text_length=2, charset="A/.")
+    assert sorted(folder.texts) == sorted(SampleBatches(model, 20).begin(0)[0])
+    for path, text in zip(folder.paths, folder.texts, strict=True):
+        assert path.name.startswith("AA_") == (text == "AA")
+    save_individual(tiny(text_length=None), "plain", 1)  # draws no texts
+    assert written("plain") == ["000000.png"]
 
 
 PICTURES = "interpolation levels originals prior_vs_aggregate reconstructions samples temperatures"

@@ -338,6 +338,7 @@ OUT_OF_RANGE = {
     "frozen_share": [1.1, -0.1, math.nan, math.inf, "half"],
     "shift": [-1, 0.5],
     "warp": [-1, math.nan],
+    "window_noise": [-0.1, 1.1],
     "seed": [True, -1, 2**32],
     "workers": [-1, 0.5],
 }
@@ -595,6 +596,21 @@ def test_resume_can_extend_a_run(tmp_path):
         _, history = fit(tmp_path, steps=8, resume=True)
     assert [row["step"] for row in history] == [2, 4, 6, 8]
     assert HVAE.load(tmp_path / "hvae.pt").provenance["steps"] == 8
+
+
+def test_resuming_with_other_data_is_told(tmp_path):
+    def resume(folder):
+        return fit(tmp_path / "out", model, CaptchaFolder(folder), batch_size=4, resume=True)
+
+    first, other = (image_folder(tmp_path / str(n), ["AB"] * n) for n in (12, 16))
+    model = trainer.model_for(CaptchaFolder(first), **TINY, **WITHOUT_WINDOWS, text_length=None)
+    resume(first)
+    moved = first.rename(tmp_path / "moved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resume(moved)
+    with pytest.warns(UserWarning, match="other data"):
+        resume(other)
 
 
 def test_resume_of_a_state_with_other_layers(tmp_path):
@@ -881,6 +897,20 @@ def test_schedules_follow_the_number_of_steps(steps, expected):
     hp.fit_to(tiny(input_size=(60, 160), input_channels=3))
     assert (hp.warmup, hp.beta_start, hp.beta_steps, hp.closed_share, hp.free_nats) == expected
     assert Hyperparameters(steps=steps, warmup=7, closed_share=0.25).closed_share == 0.25
+
+
+def test_few_images_are_augmented():
+    model = HVAE(input_size=(40, 120), input_channels=1)
+    for images, expected in ((4_999, (2, 3.0, 0.05)), (5_000, (0, 0.0, 0.005))):
+        hp = Hyperparameters()
+        hp.fit_to(model, images)
+        assert (hp.shift, hp.warp, hp.window_noise) == pytest.approx(expected)
+    hp = Hyperparameters(shift=0, warp=1.5, window_noise=0)
+    hp.fit_to(model, 10)
+    assert (hp.shift, hp.warp, hp.window_noise) == (0, 1.5, 0)
+    hp = Hyperparameters()
+    hp.fit_to(HVAE(**CONFIGS["mnist-hvae"]), 10)
+    assert (hp.shift, hp.warp) == (0, 0)
 
 
 def test_a_batch_of_the_last_phase_makes_four_updates(tmp_path, monkeypatch):
@@ -1327,7 +1357,7 @@ OPTIONS = """--data --folder --skip-bad --root --size --length --shortest --char
     --prior-context --flow
     --unconditional --steps --batch-size --lr --warmup --beta-start --beta-steps --free-nats
     --closed-levels --closed-share --top-share --ema --pixel-weight --frozen-share --binarise
-    --shift --warp --eval-every
+    --shift --warp --window-noise --eval-every
     --log-every --seed --device --out --keep --resume --evaluate
     --importance-samples"""
 

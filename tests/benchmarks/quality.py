@@ -46,8 +46,8 @@ from reader import (
 )
 from tqdm import tqdm
 
-from dataset import decode_text, random_stream, render
-from generate import CHECKPOINTS, SampleBatches, held_out_images
+from dataset import random_stream, render
+from generate import CHECKPOINTS, SampleBatches, draw_texts, held_out_images
 from hvae.parallel import keep_memory, pick_device
 from model import HVAE
 from trainer import evaluate
@@ -82,11 +82,6 @@ def samples_of(model: HVAE, temperature: float) -> Draw:
     return draw
 
 
-def random_texts(n: int, model: HVAE, seed: int) -> list[str]:
-    y = model.draw_text(n, generator=torch.Generator().manual_seed(seed))
-    return [decode_text(row, model.charset) for row in y]
-
-
 def labels(texts: Sequence[str], model: HVAE) -> Tensor:
     return model.draw_text(len(texts), texts).cpu()
 
@@ -97,7 +92,7 @@ def labels(texts: Sequence[str], model: HVAE) -> Tensor:
 @torch.no_grad()
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """A function of floats in [0, 1], of all images uint8 (n, 3, H, W)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     parts = [function(part.to(device).float() / 255).cpu() for part in images.split(100)]
     return torch.cat(parts)
 
@@ -154,7 +149,7 @@ def two_sample_test(a: Tensor, b: Tensor, steps: int) -> tuple[float, float]:
 
 def truth(draw: Draw, reader: Reader, model: HVAE, n: int, reference: Tensor) -> dict[str, float]:
     """The figures that need no training; `reference` are features of renders of other texts."""
-    texts = random_texts(n, model, seed=0)
+    texts = draw_texts(model, n, None, seed=0)
     images = draw(texts, "measure")
     symbols, whole_texts = accuracy(reader, images, labels(texts, model))
     same = draw([text for text in texts[:40] for _ in range(16)], "one text")
@@ -180,7 +175,7 @@ def use(draw: Draw, real: Tensor, real_texts: Sequence[str], test, model: HVAE, 
     for n in FEW:
         both = balanced([(real[:n], y[:n]), (images, y)])
         _, figures[f"texts, {n} renders and samples"] = read(both, f"{n} and samples")
-    other = draw(random_texts(args.n_two, model, seed=4), "two-sample")
+    other = draw(draw_texts(model, args.n_two, None, seed=4), "two-sample")
     figures["C2ST"], figures["C2ST +-"] = two_sample_test(
         other, real[: len(other)], args.steps // 2
     )
@@ -248,13 +243,13 @@ def main() -> None:
     models = {path: HVAE.load(path, device) for path in args.checkpoints}
     model = next(iter(models.values()))
     reader, draw_renders = load_reader(Path(args.reader), model), renders_for(model)
-    others = draw_renders(random_texts(args.n, model, seed=1), "reference")
+    others = draw_renders(draw_texts(model, args.n, None, seed=1), "reference")
     reference = in_batches(reader.features, others)
     columns = {"renders": truth(draw_renders, reader, model, args.n, reference)}
     if not args.curve:
-        real_texts = random_texts(args.n_train, model, seed=2)
+        real_texts = draw_texts(model, args.n_train, None, seed=2)
         real = draw_renders(real_texts, "train")
-        test_texts = random_texts(2 * args.n, model, seed=3)
+        test_texts = draw_texts(model, 2 * args.n, None, seed=3)
         test = draw_renders(test_texts, "test"), labels(test_texts, model)
         columns["renders"].update(use_of_renders(real, real_texts, test, model, args))
     for path, model in models.items():

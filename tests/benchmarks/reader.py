@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import CaptchaDataset, make_loader
 from generate import held_out_images
-from hvae.parallel import has_bf16
+from hvae.parallel import has_bf16, pick_device
 from hvae.validate import InputError
 from model import HVAE
 
@@ -65,7 +65,7 @@ def fit_reader(
 ) -> Reader:
     """Trains a reader on batches (images (B, C, H, W), labels (B, rows)) for so many steps."""
     torch.manual_seed(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     reader = Reader(kind).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(reader.parameters(), 2e-3, weight_decay=0.01)
     schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05, cycle_momentum=False)
@@ -108,11 +108,12 @@ def kind_of(model: HVAE) -> Kind:
 
 def renders_like(model: HVAE, n: int) -> CaptchaDataset:
     """Renders for a model, with the fonts that it was trained on."""
-    origin = model.provenance.get("data")
+    origin = model.provenance.get("data", {"renderer": "captcha"})
+    if not isinstance(origin, dict) or "renderer" not in origin:
+        raise InputError("the measures are for models of rendered captchas, not of other images")
     if model.input_shape[0] != 3 or model.text_length is None:
         raise InputError("the measures are for models of rendered captchas, in colour, with texts")
-    fonts = origin.get("fonts") if isinstance(origin, dict) else None
-    return held_out_images(model, "captcha", limit=n, fonts=fonts)
+    return held_out_images(model, "captcha", limit=n, fonts=origin.get("fonts"))
 
 
 def load_reader(path: Path, model: HVAE, steps: int = 2500) -> Reader:
@@ -129,4 +130,4 @@ def load_reader(path: Path, model: HVAE, steps: int = 2500) -> Reader:
     if content["ruler"] != ruler:
         raise InputError(f"{path} reads {content['ruler']}, not {ruler}; name another --reader")
     reader.load_state_dict(content["weights"])
-    return reader.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return reader.to(pick_device()).eval()

@@ -20,11 +20,11 @@ from torch.utils.data import Dataset, Subset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from quality import accuracy, labels, random_texts, samples_of
+from quality import accuracy, labels, samples_of
 from reader import balanced, fit_reader, kind_of, shuffled
 
 from dataset import CaptchaFolder
-from generate import FOLDER, sample_sheet
+from generate import FOLDER, draw_texts, sample_sheet
 from hvae.adapt import adapted
 from hvae.cli import make_parser, one_line_errors, path_argument
 from hvae.parallel import keep_memory
@@ -65,9 +65,8 @@ def fit_model(pictures: CaptchaFolder, args, out: Path) -> HVAE:
     model, _ = adapted(HVAE.load(args.init), **data_arguments(pictures))
     model.provenance = {}
     data = Subset(pictures, range(len(pictures)))
-    settings = {name: getattr(args, name) for name in ("steps", "shift", "warp")}
     every = max(1, args.steps // 8)
-    return train(model, data, out=out, resume=True, eval_every=every, **settings)[0]
+    return train(model, data, out=out, resume=True, eval_every=every, steps=args.steps)[0]
 
 
 def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[float]:
@@ -75,7 +74,7 @@ def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[
     out = Path(args.out) / f"{pictures.root.name}-{len(pictures)}-{Path(args.init).stem}"
     model = fit_model(pictures, args, out)
     write_image(sample_sheet(model, 40, captions=True), out / "sheet.png")
-    texts = random_texts(args.samples, model, seed=0)
+    texts = draw_texts(model, args.samples, None, seed=0)
     drawn = samples_of(model, 1.0)(texts, "useful"), labels(texts, model)
     real = as_tensors(pictures)
     kind = kind_of(model)
@@ -94,9 +93,7 @@ def main() -> None:
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
     add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000], help="training pictures")
     add("--init", type=path_argument, default=FOLDER / "fonts.pt", help="what a model begins with")
-    add("--steps", type=int, default=2000, help="of a model's training")
-    add("--shift", type=int, default=2, help="pixels that its images are moved by")
-    add("--warp", type=float, default=3, help="pixels that their points move by, bent")
+    add("--steps", type=int, default=3000, help="of a model's training")
     add("--samples", type=int, default=20_000, help="that a reader is given")
     add(
         "--reader-steps", type=int, default=1500, help="of a reader's training, with 64 images each"
