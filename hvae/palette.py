@@ -22,16 +22,19 @@ def palette_of(x: Tensor) -> Tensor:
     """The palettes of images x (B, C, H, W) on the scale 0 ... 255: (B, 3, C) levels, of x's type.
 
     Paper is each channel's commonest level in the span that has the most pixels: where paper is
-    uneven, an even ink can have the commonest level of all. Ink and the deepest colour are the
-    commonest levels of the pixels that are far, and that are farthest, from the paper. As channels
-    are counted one by one, a colour may be that of no pixel.
+    uneven, an even ink can have the commonest level of all. The deepest colour is the commonest
+    level of the pixels that are farthest from the paper. Ink is that of all that are far from it,
+    on the side of the deepest: uneven paper has pixels on the other. As channels are counted one by
+    one, a colour may be that of no pixel.
     """
     levels = x.flatten(2).nan_to_num().round().clamp(0, LEVELS - 1).long()
     paper = commonest(levels, is_near_most(levels))
     distance = (levels - paper[..., None]).abs().sum(1, keepdim=True)
     farthest = distance.amax(2, keepdim=True)
-    far = [commonest(levels, distance >= least * farthest) for least in (INK, DEEPEST)]
-    return torch.stack([paper, *far], 1).to(x)
+    deepest = commonest(levels, distance >= DEEPEST * farthest)
+    is_its_side = (levels - deepest[..., None]).abs().sum(1, keepdim=True) <= farthest
+    ink = commonest(levels, (distance >= INK * farthest) & is_its_side)
+    return torch.stack([paper, ink, deepest], 1).to(x)
 
 
 def is_near_most(levels: Tensor) -> Tensor:

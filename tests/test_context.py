@@ -121,6 +121,13 @@ def test_an_even_ink_is_not_taken_for_uneven_paper(seed):
     assert found[0] >= 180 and found[1:] == [40, 40]
 
 
+@pytest.mark.parametrize("dark", [True, False])
+def test_ink_is_on_the_side_of_the_deepest_colour(dark):
+    x = torch.tensor([190.0] * 300 + [250.0] * 150 + [40.0] * 100 + [30.0] * 10).view(1, 1, 20, 28)
+    found = palette_of(x if dark else 255 - x)[0, :, 0].tolist()
+    assert found == ([190, 40, 40] if dark else [65, 215, 215])
+
+
 def test_the_palette_of_one_colour_is_that_colour():
     x = torch.full((2, 3, 4, 5), 77.0)
     assert torch.equal(palette_of(x), torch.full((2, 3, 3), 77.0))
