@@ -247,7 +247,8 @@ class CaptchaFolder(Dataset):
         image_size: (H, W) to resize to; None keeps the size, which all images must share.
         text_length: of the longest texts; None reads no texts, and the labels are empty, (0,).
         shortest: fewest symbols of a text.
-        charset: of the texts; None is the digits and the upper-case letters.
+        charset: of the texts; None is the digits and the upper-case letters, and warns of those
+            that no text has.
         skip_bad: leave out files that would raise, with a warning each, and list them in `skipped`.
         channels: 3 (RGB) or 1 (grey); None is 1 if all files are grey.
         split: 'train' (four fifths), 'val' or 'test' (a tenth each), by a hash of a file's

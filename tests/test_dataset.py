@@ -34,6 +34,7 @@ from dataset import (
     make_loader,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no text has")  # some symbol
 ROOT = Path(__file__).resolve().parent.parent
 CHARSET = DIGITS + UPPERCASE
 

@@ -46,7 +46,10 @@ from trainer import (
     warped,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*resuming with")  # more steps, often
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*resuming with"),  # more steps, often
+    pytest.mark.filterwarnings("ignore:.*no text has"),  # some symbol
+]
 TINY = dict(outer_config=[("conv-bn", 4, 2)], inner_config=[[("res", 4)]], latent_channels=2)
 VECTOR_TOP = dict(inner_config=[[("dense", 6)]], latent_channels=(2, 4))
 FILES = [".lock", "hvae.pt", "loss.png", "metrics.csv", "samples.png", "state.pt"]
