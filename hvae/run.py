@@ -121,6 +121,7 @@ class Run:
         metadata.update(
             config=self.model.config,
             settings=self.settings,
+            data=self.description,
             optimizers=groups,
             clip=vars(self.clip),
             began_with=self.began_with,
@@ -148,8 +149,8 @@ class Run:
             for name, old in metadata["settings"].items()
             if self.settings.get(name) != old
         ]
-        old = metadata["provenance"].get("data")
-        if without_place(old) != without_place(json.loads(json.dumps(self.description))):
+        data = json.loads(json.dumps(self.description))
+        if without_place(metadata.get("data", data)) != without_place(data):
             changes.append("other data")
         if changes:
             warnings.warn(f"{path}: resuming with {', '.join(changes)}", stacklevel=2)

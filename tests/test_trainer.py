@@ -607,7 +607,8 @@ def test_resuming_with_other_data_is_told(tmp_path):
 
     first, other = (image_folder(tmp_path / str(n), ["AB"] * n) for n in (12, 16))
     model = trainer.model_for(CaptchaFolder(first), **TINY, **WITHOUT_WINDOWS, text_length=None)
-    resume(first)
+    with signal_in_step(2, signal.SIGINT), pytest.raises(KeyboardInterrupt):
+        resume(first)
     moved = first.rename(tmp_path / "moved")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
