@@ -49,6 +49,7 @@ from hvae import parallel
 from hvae.adapt import adapted
 from hvae.checkpoint import has_state, locked, write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
+from hvae.context import WINDOW_NOISE
 from hvae.distributions import binarised
 from hvae.evaluation import evaluate
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
@@ -213,7 +214,7 @@ class Hyperparameters:
             pixel_rise=0.6 if binary else 0.0,
             shift=round(0.05 * min(size)) if few else 0,
             warp=0.075 * min(size) if few else 0.0,
-            window_noise=0.05 / channels if few else 0.005,
+            window_noise=0.05 / channels if few else WINDOW_NOISE,
         )
         self.fill(pixel_weight=0.0 if binary else 0.01 if self.frozen_share else 0.05)
         self.free_nats = per_level("free_nats", self.free_nats, levels)
@@ -333,11 +334,6 @@ def train(
     with locked(out) if parallel.rank() == 0 else nullcontext():
         bf16 = has_bf16(device) if bf16 is None else bf16
         run = Run(model, hp, device, bf16, description, images=len(train_set))
-        if parallel.rank() == 0 and (hp.shift or hp.warp):
-            tqdm.write(
-                f"{len(train_set):,} images, moved by up to {hp.shift} pixels (shift) and bent by "
-                f"up to {hp.warp:g} (warp)"
-            )
         begin_or_resume(run, train_set, out)
         try:
             take_steps(run, train_set, val_set, out, workers, keep)
@@ -375,6 +371,11 @@ def take_steps(
         worker_init_fn=ignore_interrupts,
     )
     leads = parallel.rank() == 0
+    if leads and (hp.shift or hp.warp):
+        tqdm.write(
+            f"{len(train_set):,} images, moved by up to {hp.shift} pixels (shift) and bent by "
+            f"up to {hp.warp:g} (warp)"
+        )
     start = time.time() - run.seconds
     with DeferredSignals() as signals:
         loaded = iter(loader)

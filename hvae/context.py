@@ -32,6 +32,7 @@ BASES = 6  # that a mean starts from: left, above, a gradient, a blend, paper, i
 CHUNK = 1 << 16  # pixels scored at once: bounds the memory
 KEEP_EDGE, KEEP_FLAT = 0.05, 0.01  # shares of the pixels of 60x160 that a training step scores
 GUESS_SIGMA = 0.4  # for images in [-1, 1]
+WINDOW_NOISE = 0.005  # share of the windows' values that are replaced at random in training
 
 
 class ContextNetwork(nn.Module):
@@ -53,7 +54,7 @@ class ContextNetwork(nn.Module):
         super().__init__()
         width = self.width
         self.rows, self.columns = context
-        self.window_noise = 0.005  # share of values replaced at random in training
+        self.window_noise = WINDOW_NOISE  # a training run sets its own
         self.channels, self.mixtures = channels, mixtures
         self.binary = likelihood == "bernoulli"
         taps = self.rows * (2 * self.columns + 1) + self.columns  # the left pixel is the last

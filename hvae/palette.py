@@ -29,12 +29,17 @@ def palette_of(x: Tensor) -> Tensor:
     """
     levels = x.flatten(2).nan_to_num().round().clamp(0, LEVELS - 1).long()
     paper = commonest(levels, is_near_most(levels))
-    distance = (levels - paper[..., None]).abs().sum(1, keepdim=True)
-    farthest = distance.amax(2, keepdim=True)
-    deepest = commonest(levels, distance >= DEEPEST * farthest)
-    is_its_side = (levels - deepest[..., None]).abs().sum(1, keepdim=True) <= farthest
-    ink = commonest(levels, (distance >= INK * farthest) & is_its_side)
+    from_paper = distance(levels, paper)
+    farthest = from_paper.amax(2, keepdim=True)
+    deepest = commonest(levels, from_paper >= DEEPEST * farthest)
+    is_its_side = distance(levels, deepest) <= farthest
+    ink = commonest(levels, (from_paper >= INK * farthest) & is_its_side)
     return torch.stack([paper, ink, deepest], 1).to(x)
+
+
+def distance(levels: Tensor, colour: Tensor) -> Tensor:
+    """(B, 1, N): how far pixels (B, C, N) are from a colour (B, C), summed over the channels."""
+    return (levels - colour[..., None]).abs().sum(1, keepdim=True)
 
 
 def is_near_most(levels: Tensor) -> Tensor:
