@@ -3,6 +3,7 @@
 Most weights fit as they are. These change shape, so that each layer computes about what it did:
 
     first convolution     colours to grey: summed; grey to colours: shared evenly
+    context               colours to grey: the first channel's, see fitted_context()
     dense and its mirror  interpolated to the new map, as are a first map h and the texts' places
     embeddings            symbol by symbol; a letter may be known in the other case
     texts                 the places that both lengths have
@@ -53,6 +54,8 @@ def fitted_weights(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
     weights.update(fitted_blocks(old, new))
     if old.input_shape[0] != new.input_shape[0]:  # a palette's levels are other ones
         weights = {name: w for name, w in weights.items() if "context.palette" not in name}
+        if new.input_shape[0] == 1 and old.context is not None and not old.context.binary:
+            weights.update(fitted_context(old.context))
     return {name: w for name, w in weights.items() if w.shape == after[name].shape}
 
 
@@ -72,6 +75,24 @@ def fitted_blocks(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
         grey = old.state_dict()[name].sum(1, keepdim=True)
         weights[name] = grey.expand(-1, new_colours, -1, -1) / new_colours
     return weights
+
+
+def fitted_context(old: nn.Module) -> dict[str, Tensor]:
+    """Weights of a ContextNetwork for grey images, from one for colours.
+
+    They say of grey images what it says of the first channel of images with equal channels. So
+    weights for several channels of a pixel, or of a palette's colour, are summed.
+    """
+    C, weights = old.channels, {}
+    summed = lambda w: w.unflatten(1, (-1, C)).sum(2)
+    weights["from_window.weight"] = summed(old.from_window.weight)
+    for colour in range(3):
+        hidden, out = old.palette.hidden[C * colour], old.palette.out[C * colour]
+        of_z, of_earlier = hidden.weight.split([3 * old.features, C * colour], 1)
+        weights[f"palette.hidden.{colour}.weight"] = torch.cat([of_z, summed(of_earlier)], 1)
+        weights[f"palette.hidden.{colour}.bias"] = hidden.bias
+        weights.update({f"palette.out.{colour}.{n}": w for n, w in out.state_dict().items()})
+    return {f"context.{name}": w.detach() for name, w in weights.items()}
 
 
 def fitted_dense(named: dict[str, Tensor], x: Layer, y: Layer) -> dict[str, Tensor]:

@@ -26,18 +26,37 @@ def test_the_same_model_takes_over_everything():
 
 def test_grey_images_are_seen_as_colour_images_without_colour():
     model, x = tiny(), torch.rand(2, 1, 8, 16)
-    for out in model.context.palette.out:
-        torch.nn.init.ones_(out.bias)
     grey, untrained = adapted(model, input_channels=1)
-    assert all(name.startswith("context.") for name in untrained)
-    grey.context.start_palette_at(torch.full((2, 1, 8, 16), 0.5))  # as p(c|z) is untrained
-    assert grey.context.palette.out[0].bias[8:16].allclose(torch.tensor(127.5 / 128 - 1), atol=0.01)
+    assert untrained == []
     seen = model.features(x.expand(-1, 3, -1, -1), draws=1)
     for one, other in zip(seen, grey.features(x, draws=1), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     colour, _ = adapted(grey, input_channels=3)
     for one, other in zip(seen, colour.features(x.expand(-1, 3, -1, -1), draws=1), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_grey_images_have_the_probabilities_of_the_first_of_equal_channels():
+    model = tiny()
+    for p in model.context.parameters():  # no two alike, as if trained
+        torch.nn.init.normal_(p, std=0.1)
+    grey, _ = adapted(model, input_channels=1)
+    f, x = torch.randn(2, model.context.features, 8, 16), torch.rand(2, 1, 8, 16)
+    close = dict(rtol=1e-4, atol=1e-4)
+
+    def of_pixels(context, x):
+        pixels, every = context(f), torch.arange(2 * 8 * 16)
+        canvas, palette = pixels.canvas(x), pixels.palette(x)
+        return pixels.score(canvas, canvas, palette, every)[:, 0]
+
+    in_colour = of_pixels(model.context, x.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(of_pixels(grey.context, x), in_colour, **close)
+
+    levels, seen = torch.randint(256, (2, 3, 1)).float(), torch.randn(2, 3 * model.context.features)
+    for k in range(3):
+        one = grey.context.palette.mixture(levels[:, :k, 0], seen)
+        earlier = levels[:, :k].expand(-1, -1, 3).flatten(1)
+        torch.testing.assert_close(one, model.context.palette.mixture(earlier, seen), **close)
 
 
 @pytest.mark.parametrize("factor", [1, 2])
