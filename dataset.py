@@ -552,11 +552,12 @@ def make_loader(
     workers: int | None = None,
     seed: int = 0,
 ) -> DataLoader:
-    """Batches (images (B, 3, H, W), labels (B, T)); every epoch has each index once, shuffled anew.
+    """Batches (images (B, C, H, W), labels (B, T)); every epoch has each index once.
 
     Args:
         workers: processes that load. None takes up to two and leaves a core to the caller; for
             fewer than 1000 images, which load sooner than a process starts, it takes none.
+        shuffle: in another order in each epoch.
         seed: of the orders. Loaders with the same seed give the same epochs, with any workers.
     """
     if workers is None:

@@ -414,7 +414,7 @@ def draw_texts(model: HVAE, n: int, text: str | None, seed: int) -> list[str]:
 
 
 def first_images(model: HVAE, dataset: Dataset, n: int) -> tuple[Tensor, Tensor | None, list[str]]:
-    """The first n images (n, C, H, W) of a data set; their texts as the model's y, as strings."""
+    """The first n images (n, C, H, W) of a data set; y or None; the texts as strings."""
     items = [dataset[i] for i in range(min(n, len(dataset)))]
     if not items:
         raise InputError("the data set is empty")

@@ -90,11 +90,11 @@ ImageDistribution = Bernoulli | Gaussian | Logistic | Pixels
 
 
 class ELBOTerms(NamedTuple):
-    """The terms of the evidence lower bound, per image, in nats."""
+    """The terms of the evidence lower bound, in nats: a row for each image and draw of z."""
 
     reconstruction: Tensor  # (B,)    -log p(x|z)
     kl: Tensor  # (B, L)  KL(q(z_l|.) || p(z_l|.)), column l-1 for z_l
-    elbo: Tensor  # (B,)    -(reconstruction + sum of kl) <= log p(x)
+    elbo: Tensor  # (B,)    -(reconstruction + sum of kl); its mean <= log p(x)
     log_weight: Tensor  # (B,)    log p(x, z) - log q(z|x) of the z drawn; its mean is the ELBO too
     z_top: Tensor  # the draw of z_L
     guess: Tensor | None = None  # (B,) -log p(x) by z's guess alone, of training with a context
@@ -256,8 +256,8 @@ class HVAE(nn.Module):
         likelihood: 'logistic' for 8-bit images, 'bernoulli' for binary ones, or 'gaussian'.
         context: (rows, columns) of the window of earlier pixels that p(x_i | z, window) sees, see
             hvae/context.py; None: pixels are independent given z. A 'gaussian' needs None.
-        prior_context: the same for the priors of latent maps, see hvae/prior.py (but for z_L of a
-            chain), and PriorFeatures; None: positions are independent given the levels above.
+        prior_context: the same for the priors of latent maps, except a chain's z_L, see
+            hvae/prior.py; None: positions are independent given the levels above.
         mixtures: components of the logistic.
         sigma: of the gaussian, for images in [-1, 1]; None learns it.
         flow: couplings of the flow that makes p(z_L) from N(0, I), for a z_L that is a vector; 0 is

@@ -306,7 +306,7 @@ def train(
         dataset: of (image (C, H, W) in [0, 1], label (T,)); None renders captchas without end.
         val_dataset: held-out images; None renders the split 'val', or takes a tenth of the data.
         keep: keep the averaged model of every evaluation, as hvae-STEP.pt.
-        device, bf16: None is CUDA, and bfloat16 autocast, if there are any.
+        device, bf16: None uses CUDA, and bfloat16 autocast, where available.
         workers: processes that load or render.
         hyperparameters: see `Hyperparameters`, such as steps=2000, lr=1e-3.
 

@@ -80,8 +80,8 @@ def fitted_blocks(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
 def fitted_context(old: nn.Module) -> dict[str, Tensor]:
     """Weights of a ContextNetwork for grey images, from one for colours.
 
-    They say of grey images what it says of the first channel of images with equal channels. So
-    weights for several channels of a pixel, or of a palette's colour, are summed.
+    For grey images they predict what it predicts for the first of equal channels. So weights for
+    the channels of a pixel, or of a palette's colour, are summed.
     """
     C, weights = old.channels, {}
     summed = lambda w: w.unflatten(1, (-1, C)).sum(2)

@@ -34,7 +34,7 @@ def latent_width(c: int, size: Size) -> int:
     """Channels of a latent beside c features of this size, if none are given.
 
     Half of a vector's features; of a map the fewer, the more positions it has: 8 at 4x10, 4 at
-    8x20, 2 at 15x40, 1 from 30x40 up. These are the widths of the shipped model.
+    8x20, 2 at 15x40, 1 from 30x40 up.
     """
     if not size:
         return max(1, c // 2)

@@ -198,7 +198,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """A table with a column for each name in any of its rows; real numbers to four digits."""
+    """A table with a column for each name in any of its rows; real numbers to four decimals."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")

@@ -311,7 +311,7 @@ def fronts(h: int, w: int, columns: int, device: torch.device) -> Sequence[Tenso
 
 
 def root(t: Tensor) -> Tensor:
-    """About a signed square root: differences of levels, with 0 and 1 apart, and 100 and 200."""
+    """About a signed square root: of differences of levels, it tells 0 from 1 and 100 from 200."""
     return t * torch.rsqrt(1 + t.abs())
 
 

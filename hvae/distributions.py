@@ -151,7 +151,7 @@ class FlowPrior(NamedTuple):
 
 
 def logits(x: Tensor) -> Tensor:
-    """Images in [0, 1] on a scale from -2 to 2 that spreads what is nearly black or white.
+    """Images in [0, 1] on a scale from -2.1 to 2.1 that spreads what is nearly black or white.
 
     A captcha's paper varies by only 0.02 on [0, 1]. (Dinh et al. 2017, section 4.1.)
     """

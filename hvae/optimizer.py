@@ -1,4 +1,4 @@
-"""Optimizers: Muon for the matrices of hidden layers, AdamW for all other parameters."""
+"""Optimizers: Muon for the matrices of layers, AdamW for all other parameters."""
 
 import math
 from collections import defaultdict
@@ -67,7 +67,7 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of layers with 16 channels or more on both sides, AdamW for the rest.
+    """Muon for matrices of 16 rows and columns or more, up to 200,000 numbers; AdamW for the rest.
 
     A 'dense' layer on a map is so large that an orthogonal step costs more time than it saves.
     """

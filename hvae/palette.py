@@ -61,9 +61,9 @@ def histogram(levels: Tensor, counted: Tensor) -> Tensor:
 
 
 class PaletteNetwork(nn.Module):
-    """p(c|z) for what z says, f (B, features, H, W): level after level, each given those before.
+    """p(c|z) for what z says, f (B, features, H, W): value after value, each given those before.
 
-    A level is a mixture of discretised logistics.
+    A value is a mixture of discretised logistics.
     """
 
     width, mixtures = 64, 8

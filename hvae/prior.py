@@ -18,7 +18,7 @@ from hvae.distributions import DiagonalGaussian, draw_noise
 
 
 class MaskedConv(nn.Conv2d):
-    """A convolution over earlier positions: `rows` rows above, and what is left in its own row.
+    """A convolution over earlier positions: `rows` rows above, and those to the left in its own.
 
     (B, c_in, H + rows, W + 2 columns) with margins -> (B, c_out, H, W).
     """
