@@ -207,13 +207,6 @@ def validate_font_sizes(sizes: Sequence[int]) -> None:
         raise InputError(f"font_sizes: expected a list of whole numbers >= 1, got {sizes!r}")
 
 
-def validate_file_names(charset: str) -> None:
-    """Raises InputError unless every text can be the beginning of a file's name."""
-    for symbol in charset:
-        if symbol in UNSAFE:
-            raise InputError(f"charset: {symbol!r} cannot be part of a text in a file's name")
-
-
 def validate_path(name: str, path: str | Path) -> None:
     if not isinstance(path, (str, Path)) or path == "":
         raise InputError(f"{name}: expected a path, got {path!r}")
@@ -576,7 +569,9 @@ def export(dataset: CaptchaDataset, folder: str | Path) -> None:
         ValueError: naming a symbol of the charset that cannot be in the text of a file's name.
         OSError: naming the file that could not be written.
     """
-    validate_file_names(dataset.charset)
+    for symbol in dataset.charset:
+        if symbol in UNSAFE:
+            raise InputError(f"charset: {symbol!r} cannot be part of a text in a file's name")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(len(dataset)), desc=str(folder), unit="image"):

@@ -159,7 +159,7 @@ def save_individual(
     seed: int = 0,
     resume: bool = False,
 ) -> None:
-    """Writes n samples as TEXT_INDEX.png, at the end a labels.csv, for dataset.CaptchaFolder.
+    """Writes a labels.csv and n samples as TEXT_INDEX.png, for dataset.CaptchaFolder.
 
     A text that cannot begin a file's name is only in labels.csv, and the name is INDEX.png. Without
     texts there is no labels.csv. `resume` keeps batches whose files are all there: they must come
@@ -182,6 +182,9 @@ def save_individual(
             f"{folder} has files: go on with --resume (resume=True), or choose another"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    if model.text_length is not None:  # first, because a name alone may be taken for a text
+        rows = [{"name": name, "text": text} for name, text in zip(names, texts, strict=True)]
+        write_csv(folder / "labels.csv", rows)
     names_of = [names[first : first + BATCH] for first in range(0, n, BATCH)]  # each batch
     is_there = lambda k: resume and all((folder / name).is_file() for name in names_of[k])
     missing = [k for k in range(len(batches)) if not is_there(k)]
@@ -191,9 +194,6 @@ def save_individual(
             for image, name in zip(images, names_of[k], strict=True):
                 write_image(image.float() / 255, folder / name)
             bar.update(len(images))
-    if model.text_length is not None:
-        rows = [{"name": name, "text": text} for name, text in zip(names, texts, strict=True)]
-        write_csv(folder / "labels.csv", rows)
 
 
 def columns_for(model: HVAE) -> int:
@@ -461,7 +461,7 @@ def held_out_images(
         test_set = MNIST("test", root, model.text_length)
         n = len(test_set) if limit is None else min(limit, len(test_set))
         return Subset(test_set, [i * len(test_set) // n for i in range(n)])
-    if data is None and "renderer" not in origin:
+    if data is None and origin.get("renderer") != "captcha":
         raise InputError("the model was trained on data of your own; name a --folder or --data")
     size, length = 512 if limit is None else limit, model.text_length or 4
     known = origin if data is None else {}

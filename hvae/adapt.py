@@ -56,7 +56,9 @@ def fitted_weights(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
         weights = {name: w for name, w in weights.items() if "context.palette" not in name}
         if new.input_shape[0] == 1 and old.context is not None and not old.context.binary:
             weights.update(fitted_context(old.context))
-    return {name: w for name, w in weights.items() if w.shape == after[name].shape}
+    return {
+        name: w for name, w in weights.items() if name in after and w.shape == after[name].shape
+    }
 
 
 def fitted_blocks(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:

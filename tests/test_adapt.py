@@ -36,6 +36,11 @@ def test_grey_images_are_seen_as_colour_images_without_colour():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_grey_images_without_a_context():
+    grey, _ = adapted(tiny(), input_channels=1, context=None)
+    assert grey(torch.rand(2, 1, 8, 16), grey.draw_text(2)).elbo.isfinite().all()
+
+
 def test_grey_images_have_the_probabilities_of_the_first_of_equal_channels():
     model = tiny()
     for p in model.context.parameters():  # no two alike, as if trained

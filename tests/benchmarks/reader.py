@@ -109,7 +109,7 @@ def kind_of(model: HVAE) -> Kind:
 def renders_like(model: HVAE, n: int) -> CaptchaDataset:
     """Renders for a model, with the fonts that it was trained on."""
     origin = model.provenance.get("data", {"renderer": "captcha"})
-    if not isinstance(origin, dict) or "renderer" not in origin:
+    if not isinstance(origin, dict) or origin.get("renderer") != "captcha":
         raise InputError("the measures are for models of rendered captchas, not of other images")
     if model.input_shape[0] != 3 or model.text_length is None:
         raise InputError("the measures are for models of rendered captchas, in colour, with texts")

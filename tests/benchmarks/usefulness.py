@@ -9,6 +9,7 @@ pictures, and draws samples. A reader is trained on the pictures alone and on bo
 batch each; both readers see augmented images and are tested on the folder's split 'test'.
 """
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def fit_model(pictures: CaptchaFolder, args, out: Path) -> HVAE:
 
 def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[float]:
     """Shares of symbols and texts that the readers read: of pictures alone, of both."""
-    out = Path(args.out) / f"{pictures.root.name}-{len(pictures)}-{Path(args.init).stem}"
+    origin = Path(args.init).read_bytes() + pictures.description["content"].encode()
+    digest = hashlib.blake2b(origin, digest_size=4).hexdigest()  # other weights, another run
+    out = Path(args.out) / f"{pictures.root.name}-{len(pictures)}-{digest}"
     model = fit_model(pictures, args, out)
     write_image(sample_sheet(model, 40, captions=True), out / "sheet.png")
     texts = draw_texts(model, args.samples, None, seed=0)
