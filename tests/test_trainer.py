@@ -1483,9 +1483,10 @@ def test_a_checkpoint_is_measured_on_the_folder_that_it_was_trained_on(small, tm
     assert len(held_out_images(model, folder=other)) == 3
     Path(small[1]).rename(tmp_path / "moved")
     assert "is gone; name a --folder" in last_line(["--evaluate", checkpoint], capsys)
-    model.provenance = {"data": "MyDataset"}
-    with pytest.raises(ValueError, match="data of your own"):
-        held_out_images(model)
+    for data in ("MyDataset", {"renderer": "of your own"}):
+        model.provenance = {"data": data}
+        with pytest.raises(ValueError, match="data of your own"):
+            held_out_images(model)
 
 
 def test_texts_of_several_lengths(small, tmp_path, capsys):
