@@ -45,7 +45,7 @@ class Run:
         self.average = AveragedModel(model, multi_avg_fn=ema_with_warmup(hp.ema))
         self.average.eval().requires_grad_(False)
         self.optimizers = make_optimizers(model, hp.lr)
-        self.clip = GradientClipper()
+        self.clip = GradientClipper(math.prod(model.input_shape))
         self.free_nats = torch.tensor(hp.free_nats, device=device)
         self.began_with = model.provenance
         self.step = 0
@@ -196,9 +196,13 @@ class GradientClipper:
 
     A hierarchical VAE's loss has rare, huge gradients, one of which can end a run (Child 2021,
     section 3.2). A step is skipped if the norm is not finite or 20 times the mean.
+
+    Norms above `most` count as `most`: on images unlike those that it knows, a model may begin with
+    a KL of a million nats and more, and AdamW, which divides by past gradients, would stand still.
     """
 
-    def __init__(self):
+    def __init__(self, most: float):
+        self.most = most
         self.mean, self.last = 0.0, 0.0
         self.seen, self.skipped, self.skipped_in_a_row = 0, 0, 0
 
@@ -208,7 +212,7 @@ class GradientClipper:
 
     def __call__(self, model: nn.Module) -> bool:
         """Clips; True if the step should be taken."""
-        limit = self.mean or math.inf
+        limit = min(self.mean or self.most, self.most)
         self.last = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
         self.skipped_in_a_row = 0 if self.last_is_finite else self.skipped_in_a_row + 1
         if not self.last_is_finite or (self.seen > 300 and self.last > 20 * self.mean):
@@ -216,8 +220,9 @@ class GradientClipper:
             if self.last_is_finite:  # norms that stay high are accepted in the end
                 self.mean *= 1.02
             return False
-        new = 0.98 * self.mean + 0.02 * min(self.last, 2 * self.mean)
-        self.mean = new if self.mean else self.last
+        norm = min(self.last, self.most)
+        new = 0.98 * self.mean + 0.02 * min(norm, 2 * self.mean)
+        self.mean = new if self.mean else norm
         self.seen += 1
         return True
 

@@ -1013,7 +1013,7 @@ def step_with_gradient(clip, module, value):
 
 @pytest.fixture
 def clipping():
-    return GradientClipper(), nn.Linear(4, 4, bias=False)
+    return GradientClipper(1000.0), nn.Linear(4, 4, bias=False)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -1036,6 +1036,15 @@ def test_clipper_clips_to_the_running_mean(clipping):
     assert clip.mean == pytest.approx(0.98 * 4 + 0.02 * 8)  # a spike counts as twice the mean
     assert step_with_gradient(*clipping, 0.5)
     assert torch.equal(module.weight.grad, torch.full((4, 4), 0.5))
+
+
+def test_clipper_bounds_the_first_gradients(clipping):
+    clip, module = clipping
+    for value in (1e9, 1e6):
+        assert step_with_gradient(clip, module, value)
+        assert module.weight.grad.norm().item() == pytest.approx(1000, rel=1e-4)
+        assert clip.mean == 1000
+    assert step_with_gradient(clip, module, 1.0) and clip.mean < 1000
 
 
 def test_clipper_skips_spikes_once_it_knows_the_norm(clipping):
