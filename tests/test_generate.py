@@ -393,7 +393,7 @@ def full_disk():
     [
         (["--out", "sheet.png"], "sheet.png"),
         (["--out", "sheet.jpg"], "sheet.jpg"),
-        (["--individual", "out", "--text", "AB", "--resume"], "out/AB_000000.png"),
+        (["--individual", "out", "--text", "AB", "--n", 2, "--resume"], "out/AB_000000.png"),
         (["--figures", "out"], "out/samples.png"),
     ],
 )
