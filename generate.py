@@ -449,8 +449,7 @@ def held_out_images(
     Raises:
         ValueError: the images that the model was trained on are unknown or gone.
     """
-    origin = model.provenance.get("data", {"renderer": "captcha"})
-    origin = origin if isinstance(origin, dict) else {}
+    origin = origin_of(model)
     if folder is None and data is None and "path" in origin:
         folder = origin["path"]
         if not Path(folder).is_dir():
@@ -469,6 +468,12 @@ def held_out_images(
     shortest = model.possible_lengths[0] if model.lengths else None
     texts = dict(text_length=length, shortest=shortest, charset=model.charset)
     return CaptchaDataset(size, "test", model.input_shape[1:], **texts, **look)
+
+
+def origin_of(model: HVAE) -> dict:
+    """What is known of the data that a model was trained on; by default they are renders."""
+    origin = model.provenance.get("data", {"renderer": "captcha"})
+    return origin if isinstance(origin, dict) else {}
 
 
 def folder_images(

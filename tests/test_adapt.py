@@ -26,12 +26,18 @@ def test_the_same_model_takes_over_everything():
 
 def test_grey_images_are_seen_as_colour_images_without_colour():
     model, x = tiny(), torch.rand(2, 1, 8, 16)
+    for out in model.context.palette.out:
+        torch.nn.init.ones_(out.bias)
     grey, untrained = adapted(model, input_channels=1)
     assert untrained == []
     seen = model.features(x.expand(-1, 3, -1, -1), draws=1)
     for one, other in zip(seen, grey.features(x, draws=1), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    colour, _ = adapted(grey, input_channels=3)
+    colour, untrained = adapted(grey, input_channels=3)
+    assert all(name.startswith("context.") for name in untrained)
+    colour.context.start_palette_at(torch.full((2, 3, 8, 16), 0.5))  # as p(c|z) is untrained
+    mean = colour.context.palette.out[0].bias[8:16]
+    assert mean.allclose(torch.tensor(127.5 / 128 - 1), atol=0.01)
     for one, other in zip(seen, colour.features(x.expand(-1, 3, -1, -1), draws=1), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

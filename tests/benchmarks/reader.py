@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import CaptchaDataset, make_loader
-from generate import held_out_images
+from generate import held_out_images, origin_of
 from hvae.parallel import has_bf16, pick_device
 from hvae.validate import InputError
 from model import HVAE
@@ -108,8 +108,8 @@ def kind_of(model: HVAE) -> Kind:
 
 def renders_like(model: HVAE, n: int) -> CaptchaDataset:
     """Renders for a model, with the fonts that it was trained on."""
-    origin = model.provenance.get("data", {"renderer": "captcha"})
-    if not isinstance(origin, dict) or origin.get("renderer") != "captcha":
+    origin = origin_of(model)
+    if origin.get("renderer") != "captcha":
         raise InputError("the measures are for models of rendered captchas, not of other images")
     if model.input_shape[0] != 3 or model.text_length is None:
         raise InputError("the measures are for models of rendered captchas, in colour, with texts")
