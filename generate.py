@@ -461,7 +461,7 @@ def held_out_images(
         n = len(test_set) if limit is None else min(limit, len(test_set))
         return Subset(test_set, [i * len(test_set) // n for i in range(n)])
     if data is None and origin.get("renderer") != "captcha":
-        raise InputError("the model was trained on data of your own; name a --folder or --data")
+        raise InputError("the model was not trained on plain renders; name a --folder or --data")
     size, length = 512 if limit is None else limit, model.text_length or 4
     known = origin if data is None else {}
     look = dict(fonts=fonts or known.get("fonts"), font_sizes=known.get("font_sizes"))

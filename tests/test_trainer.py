@@ -1494,7 +1494,7 @@ def test_a_checkpoint_is_measured_on_the_folder_that_it_was_trained_on(small, tm
     assert "is gone; name a --folder" in last_line(["--evaluate", checkpoint], capsys)
     for data in ("MyDataset", {"renderer": "of your own"}):
         model.provenance = {"data": data}
-        with pytest.raises(ValueError, match="data of your own"):
+        with pytest.raises(ValueError, match="not trained on plain renders"):
             held_out_images(model)
 
 

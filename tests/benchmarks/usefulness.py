@@ -99,7 +99,7 @@ def main() -> None:
     add("--steps", type=int, default=3000, help="of a model's training")
     add("--samples", type=int, default=20_000, help="that a reader is given")
     add(
-        "--reader-steps", type=int, default=1500, help="of a reader's training, with 64 images each"
+        "--reader-steps", type=int, default=6000, help="of a reader's training, with 64 images each"
     )
     add("--out", type=path_argument, default="checkpoints/run-useful", help="models and sheets")
     args = parser.parse_args()
