@@ -155,14 +155,8 @@ def main() -> None:
         charset = DIGITS + UPPERCASE + UPPERCASE.lower()
         data = VariedDataset(1_000_000, text_length=7, shortest=3, charset=charset, fonts=FONTS)
         settings = dict(batch_size=16, frozen_share=0, pixel_weight=0.01, eval_every=500)
-        train(
-            HVAE.load(args.init),
-            data,
-            steps=args.steps,
-            out=args.out,
-            resume=args.resume,
-            **settings,
-        )
+        model = HVAE.load(args.init)
+        train(model, data, steps=args.steps, out=args.out, resume=args.resume, **settings)
 
 
 if __name__ == "__main__":
