@@ -18,6 +18,7 @@ import random
 import re
 import sys
 import threading
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -283,10 +284,10 @@ class CaptchaFolder(Dataset):
         if not files:
             raise InputError(f"{root}: none of its {len(self.skipped)} images is good")
         self.paths = [file.path for file in files]
-        self.texts = [file.text for file in files]
+        self.texts = [match_case(file.text, self.charset) for file in files]
         self.hashes = [file.hash for file in files]
         self.channels = channels or (1 if all(file.is_grey for file in files) else 3)
-        names = {path.relative_to(self.root).as_posix() for path in self.paths + self.skipped}
+        names = {self.name_of(path) for path in self.paths + self.skipped}
         if missing := sorted(self.labels.keys() - names):
             warnings.warn(
                 f"{root}/labels.csv: no images for {len(missing)} names, such as {missing[0]}",
@@ -294,7 +295,7 @@ class CaptchaFolder(Dataset):
             )
         self.lengths = None if text_length is None else self.count_lengths()
         if text_length is not None and charset is None:
-            self.warn_of_unused_symbols()
+            self.warn_of_default_charset(set("".join(file.text for file in files)))
         self.order = self.indices(split)
         self.description = {
             "folder": self.root.resolve().name,
@@ -308,8 +309,14 @@ class CaptchaFolder(Dataset):
 
     def read_files(self) -> list[ImageFile]:
         """The good images of the folder; others raise InputError, or are left out."""
-        files = []
-        for path in tqdm(find_images(self.root), desc="check", unit="image", delay=2):
+        files, paths = [], find_images(self.root)
+        names = [self.name_of(path) for path in paths]
+        if self.labels and self.labels.keys().isdisjoint(names):
+            raise InputError(
+                f"{self.root}/labels.csv: no file is named {next(iter(self.labels))!r}, nor as in "
+                f"any other row; names are like {names[0]!r}"
+            )
+        for path in tqdm(paths, desc="check", unit="image", delay=2):
             try:
                 text, image = self.read_text(path), read_image(path)
             except InputError as error:
@@ -328,7 +335,8 @@ class CaptchaFolder(Dataset):
         for file in files:
             if file.size != self.image_size:
                 message = "is {}x{} (height x width)".format(*file.size)
-                message += f", but most images are {usual}; give an image_size to resize them"
+                message += f", but most images are {usual}; give an image_size to resize them "
+                message += "(--size), or leave such files out with skip_bad (--skip-bad)"
                 self.leave_out(file.path, InputError(f"{file.path}: {message}"))
         return [file for file in files if file.size == self.image_size]
 
@@ -339,18 +347,24 @@ class CaptchaFolder(Dataset):
         warnings.warn(f"skipped: {error}", stacklevel=4)
         self.skipped.append(path)
 
+    def name_of(self, path: Path) -> str:
+        """A file's path below the folder, as in labels.csv; macOS writes accents apart."""
+        return unicodedata.normalize("NFC", path.relative_to(self.root).as_posix())
+
     def read_text(self, path: Path) -> str:
         """The text of a file, by labels.csv or its name; '' if the dataset has no texts."""
         if self.text_length is None:
             return ""
-        text = self.labels.get(path.relative_to(self.root).as_posix())
+        name = self.name_of(path)
+        text = self.labels.get(name)
         source = "its text in labels.csv should be"
         if text is None:
-            text = re.split(f"[{re.escape(SEPARATORS)}]", path.name, maxsplit=1)[0]
+            start = name.rpartition("/")[2]
+            text = re.split(f"[{re.escape(SEPARATORS)}]", start, maxsplit=1)[0]
             source = "its name should begin with"
-        text = match_case(text, self.charset)
-        fits = self.shortest <= len(text) <= self.text_length
-        if not (fits and set(text) <= set(self.charset)):
+        symbols = match_case(text, self.charset)
+        fits = self.shortest <= len(symbols) <= self.text_length
+        if not (fits and set(symbols) <= set(self.charset)):
             expected = f"{span([self.shortest, self.text_length])} symbols of {self.charset}"
             raise InputError(f"{path}: {source} {expected}, got {text!r}")
         return text
@@ -370,14 +384,21 @@ class CaptchaFolder(Dataset):
             return None
         return [counts[n] for n in range(1, self.text_length + 1)]
 
-    def warn_of_unused_symbols(self) -> None:
+    def warn_of_default_charset(self, written: set[str]) -> None:
+        """Warns if letters of both cases become one, or of symbols that no text has."""
         used = set("".join(self.texts))
-        if unused := [symbol for symbol in self.charset if symbol not in used]:
-            warnings.warn(
-                f"{self.root}: no text has {''.join(unused)}, but samples may; what occurs is the "
-                f"charset {''.join(sorted(used))} (--charset)",
-                stacklevel=3,
-            )
+        unused = [symbol for symbol in self.charset if symbol not in used]
+        if any(map(str.islower, written)) and any(map(str.isupper, written)):
+            problem, used = "letters of both cases count as upper-case", written
+        elif unused:
+            problem = f"no text has {''.join(unused)}, but samples may"
+        else:
+            return
+        occurring = "".join(sorted(used))
+        warnings.warn(
+            f"{self.root}: {problem}; what occurs is the charset {occurring} (--charset)",
+            stacklevel=3,
+        )
 
     def indices(self, split: str | None) -> list[int]:
         """The images of a split. Where chance leaves it none, the nearest hash is taken."""
@@ -422,11 +443,21 @@ def read_labels(path: Path) -> dict[str, str]:
     """The texts of labels.csv by the files' names, relative to its folder; {} without the file."""
     if not path.is_file():
         return {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return {row["name"].strip(): row["text"].strip() for row in csv.DictReader(file)}
-    except (KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: expected rows of name,text below that heading") from error
+    clean = lambda entry: unicodedata.normalize("NFC", entry.strip())
+    labels = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        try:
+            for row in rows:
+                name, text = clean(row["name"]), clean(row["text"])
+                if labels.setdefault(name, text) != text:
+                    raise InputError(f"{path}: two texts for {name}: {labels[name]}, {text}")
+        except (KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(
+                f"{path}: expected rows of name,text in UTF-8, below that heading; see line "
+                f"{rows.line_num}"
+            ) from error
+    return labels
 
 
 def find_images(root: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder
+from dataset import MNIST, UNSAFE, CaptchaDataset, CaptchaFolder, read_labels
 from hvae.checkpoint import write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian, binarised
@@ -179,8 +179,11 @@ def save_individual(
     folder = Path(folder)  # errors come before it is made
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise InputError(
-            f"{folder} has files: go on with --resume (resume=True), or choose another"
+            f"{folder} has files: if they are of the same call, go on with --resume (resume=True), "
+            "otherwise choose another folder"
         )
+    if resume and not read_labels(folder / "labels.csv").keys() <= set(names):
+        raise InputError(f"{folder}/labels.csv names other files; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if model.text_length is not None:  # first, because a name alone may be taken for a text
         rows = [{"name": name, "text": text} for name, text in zip(names, texts, strict=True)]
@@ -220,9 +223,10 @@ def plot_rows(
         for axis, image in zip(axes[row], images, strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-        axes[row, 0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=9)
+        label = dict(rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
+        axes[row, 0].set_ylabel(titles[row], **label)
     for axis, label in zip(axes[0], labels, strict=False):
-        axis.set_title(label, fontsize=9)
+        axis.set_title(label, fontsize=9, parse_math=False)
     return write_figure(figure, path)
 
 

@@ -304,6 +304,7 @@ def train(
     Args:
         model: None is HVAE() for the data's images and texts.
         dataset: of (image (C, H, W) in [0, 1], label (T,)); None renders captchas without end.
+            Labels are used if it, or what it is a Subset of, has a `text_length` and a `charset`.
         val_dataset: held-out images; None renders the split 'val', or takes a tenth of the data.
         keep: keep the averaged model of every evaluation, as hvae-STEP.pt.
         device, bf16: None uses CUDA, and bfloat16 autocast, where available.
@@ -318,7 +319,7 @@ def train(
     hp = Hyperparameters(**hyperparameters)
     validate_int("workers", workers, 0)
     out = Path(out)
-    validate_folder(out, resume)
+    validate_folder(out, resume, dataset)
     device = parallel.init_processes(device)
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and mean nothing here
     keep_memory()
@@ -677,6 +678,19 @@ def model_for(dataset: Dataset, **arguments) -> HVAE:
     return HVAE(**{**data_arguments(dataset), **arguments})
 
 
+def begin_with(checkpoint: str | Path, dataset: Dataset, **arguments) -> HVAE:
+    """A model for this data set's images and texts, with what fits of a checkpoint's weights.
+
+    Arguments override: context, prior_context, mixtures.
+    """
+    model, new = adapted(HVAE.load(checkpoint), **{**data_arguments(dataset), **arguments})
+    blocks = sorted({".".join(name.split(".")[:3]) for name in new})
+    untrained = f", and {len(new)} new tensors in {', '.join(blocks)}" if new else ""
+    if parallel.rank() == 0:
+        print(f"begins with the weights of {checkpoint}{untrained}")
+    return model
+
+
 def data_arguments(dataset: Dataset) -> dict:
     """The arguments of HVAE that follow from the data's images and texts."""
     if len(dataset) == 0:
@@ -699,8 +713,8 @@ def data_arguments(dataset: Dataset) -> dict:
     return arguments
 
 
-def source_of(dataset: Dataset) -> Dataset:
-    """The data set that a Subset is of."""
+def source_of(dataset: Dataset | None) -> Dataset | None:
+    """The data set that a Subset is of, else itself."""
     return source_of(dataset.dataset) if isinstance(dataset, Subset) else dataset
 
 
@@ -710,7 +724,10 @@ def validate_sets(model: HVAE, hp: Hyperparameters, train_set: Dataset, val_set:
     if n % processes:
         raise InputError(f"batch_size: {n} images cannot be shared evenly by {processes} processes")
     if len(train_set) < n:
-        raise InputError(f"the training set has {len(train_set)} images, fewer than batch_size={n}")
+        raise InputError(
+            f"the training set has {len(train_set)} images, fewer than a batch: batch_size={n} "
+            "(--batch-size)"
+        )
     for data in (train_set, val_set):
         validate_data(model, data)
     if model.context is not None and model.context.binary and not hp.binarise:
@@ -753,10 +770,15 @@ def validate_data(model: HVAE, dataset: Dataset) -> None:
         )
 
 
-def validate_folder(out: Path, resume: bool) -> None:
-    """Raises InputError if training into a folder would lose a run or a model."""
+def validate_folder(out: Path, resume: bool, dataset: Dataset | None) -> None:
+    """Raises InputError if training into a folder would lose a run or a model, or spoil data."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is not a folder")
+    source = source_of(dataset)
+    if isinstance(source, CaptchaFolder):
+        place, root = out.resolve(), source.root.resolve()
+        if root in (place, *place.parents):
+            raise InputError(f"{out} lies in {source.root}: the run's pictures would become data")
     has_model = (out / "hvae.pt").exists()
     if not resume and (has_state(out) or has_model):
         raise InputError(
@@ -795,6 +817,8 @@ def training_parser() -> argparse.ArgumentParser:
     add("--skip-bad", action="store_true", help="leave out damaged or misnamed files of the folder")
     add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="image size; 60 160, or the folder's")
+    grey = "of the folder's images: 1 is grey; default: 3, or 1 if all files are grey"
+    add("--channels", type=int, choices=(1, 3), help=grey)
     add("--length", type=int, help="symbols in the longest text; default: 4 for renders, else none")
     add("--shortest", type=int, help="symbols in the shortest text; default: --length for renders")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
@@ -857,17 +881,18 @@ def unused_options(args: argparse.Namespace) -> dict[str, set[str]]:
     architecture = {*ARCHITECTURE, "config", "unconditional"}
     training = {f.name for f in fields(Hyperparameters)} | {"keep", "resume", "init"}
     images = set() if args.evaluate else {"images"}
+    of_folder = {"skip_bad", "channels"}
     unused = {}
     if args.folder:
         unused["with --folder"] = {"fonts", "root", "data"} | images
         if args.length is None and not args.evaluate:
             unused["without --length"] = {"shortest", "charset"}
     elif args.data == "mnist":
-        unused["with --data mnist"] = {"fonts", "size", "charset", "shortest", "skip_bad"} | images
+        unused["with --data mnist"] = {"fonts", "size", "charset", "shortest", *of_folder} | images
     elif args.data == "captcha" or not args.evaluate:
-        unused["with --data captcha"] = {"skip_bad", "root"}
+        unused["with --data captcha"] = {"root", *of_folder}
     if args.evaluate:
-        files = {"size", "length", "shortest", "charset", "workers", "out"}
+        files = {"size", "channels", "length", "shortest", "charset", "workers", "out"}
         return {**unused, "with --evaluate": training | architecture | files}
     unused["without --evaluate"] = {"importance_samples"}
     if args.init:
@@ -919,7 +944,8 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
     if args.folder:
         shortest = 1 if args.shortest is None else args.shortest
         texts = dict(text_length=args.length, shortest=shortest, charset=args.charset)
-        return CaptchaFolder(args.folder, args.size, **texts, skip_bad=args.skip_bad)
+        images = dict(skip_bad=args.skip_bad, channels=args.channels)
+        return CaptchaFolder(args.folder, args.size, **texts, **images)
     if args.data == "mnist":
         return MNIST("train", args.root, args.length)
     return CaptchaDataset(
@@ -935,7 +961,8 @@ def make_dataset(args: argparse.Namespace) -> Dataset:
 def make_model(dataset: Dataset, args: argparse.Namespace) -> HVAE:
     """The checkpoint to begin with, or a config with its changes, for the data's images."""
     if args.init:
-        return begin_with(dataset, args)
+        changes = given_arguments(args, ("context", "prior_context", "mixtures"))
+        return begin_with(args.init, dataset, **changes)
     if args.frozen_share == 1:
         raise InputError("--frozen-share 1: untrained latents; begin with a checkpoint (--init)")
     changes = given_arguments(args, ARCHITECTURE)
@@ -957,18 +984,6 @@ def given_arguments(args: argparse.Namespace, names: Sequence[str]) -> dict:
     """Arguments of HVAE that the command line gives; a window of 0 0 is none."""
     values = {name: getattr(args, name) for name in names}
     return {k: None if v == [0, 0] else v for k, v in values.items() if v is not None}
-
-
-def begin_with(dataset: Dataset, args: argparse.Namespace) -> HVAE:
-    """--init: the checkpoint, for the data's images and texts, with the windows asked for."""
-    model, changes = HVAE.load(args.init), data_arguments(dataset)
-    changes.update(given_arguments(args, ("context", "prior_context", "mixtures")))
-    model, new = adapted(model, **changes)
-    blocks = sorted({".".join(name.split(".")[:3]) for name in new})
-    untrained = f", and {len(new)} new tensors in {', '.join(blocks)}" if new else ""
-    if parallel.rank() == 0:
-        print(f"begins with the weights of {args.init}{untrained}")
-    return model
 
 
 def print_evaluation(model: HVAE, test_set: Dataset, importance_samples: int) -> None:

@@ -143,7 +143,9 @@ class Run:
         old = architecture(metadata["config"])
         names = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
         if names:
-            raise InputError(f"{path}: it was trained with other {', '.join(names)}")
+            raise InputError(
+                f"{path}: it was trained with other {', '.join(names)}; give the same options again"
+            )
         changes = [
             f"{name} = {self.settings.get(name)} instead of {old}"
             for name, old in metadata["settings"].items()

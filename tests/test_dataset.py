@@ -9,6 +9,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -34,7 +35,10 @@ from dataset import (
     make_loader,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no text has")  # some symbol
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no text has"),  # some symbol
+    pytest.mark.filterwarnings("ignore:.*letters of both cases"),
+]
 ROOT = Path(__file__).resolve().parent.parent
 CHARSET = DIGITS + UPPERCASE
 
@@ -543,6 +547,47 @@ def test_labels_csv_stands_beside_names(tmp_path):
     (tmp_path / "labels.csv").write_text("name,text\none.png,ABC\n")
     with pytest.raises(ValueError, match=r"one\.png: its text in labels\.csv"):
         CaptchaFolder(tmp_path, text_length=2)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("one,AB\nelse,CD\n", r"labels\.csv: no file is named 'one'.*names are like 'one\.png'"),
+        ("one.png,AB\none.png,AC\n", r"labels\.csv: two texts for one\.png: AB, AC"),
+        ("one.png,AB\ntwo.png\n", r"labels\.csv: expected rows of name,text.*line 3"),
+        ("one.png;AB\n", r"labels\.csv: expected rows of name,text.*line 2"),
+    ],
+)
+def test_labels_csv_that_would_be_misread(tmp_path, rows, message):
+    """As names of six symbols would be taken for texts."""
+    for name in ("one.png", "two.png"):
+        save(tmp_path / name)
+    (tmp_path / "labels.csv").write_text("name,text\n" + rows)
+    with pytest.raises(ValueError, match=message):
+        CaptchaFolder(tmp_path, text_length=3)
+    assert len(CaptchaFolder(tmp_path)) == 2
+
+
+def test_accents_that_stand_apart_in_names(tmp_path):
+    """As macOS writes names: a letter, then its accent."""
+    apart = unicodedata.normalize("NFD", "йё")
+    assert len(apart) == 4
+    save(tmp_path / f"{apart}_1.png")
+    save(tmp_path / f"{apart}_2.png")
+    (tmp_path / "labels.csv").write_text("name,text\nйё_2.png,ёй\n", encoding="utf-8")
+    assert CaptchaFolder(tmp_path, text_length=2, charset="ёй").texts == ["йё", "ёй"]
+
+
+def test_letters_of_both_cases_are_told_of(tmp_path):
+    """The default charset has no lower-case letters, so two glyphs would be one symbol."""
+    for text in ("aB", "Ab"):
+        save(tmp_path / f"{text}.png")
+    with pytest.warns(UserWarning, match="both cases count as upper-case.*charset ABab "):
+        assert CaptchaFolder(tmp_path, text_length=2).texts == ["AB", "AB"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = CaptchaFolder(tmp_path, text_length=2, charset="ABab")
+    assert data.texts == ["Ab", "aB"]
 
 
 def test_symbols_that_no_text_has(tmp_path):

@@ -26,6 +26,7 @@ from generate import (
     plot_levels,
     plot_prior_vs_aggregate,
     plot_reconstructions,
+    plot_rows,
     plot_samples,
     sample_sheet,
     save_individual,
@@ -253,6 +254,22 @@ def test_individual_files_are_not_mixed_with_others(conditional, capsys):
     with pytest.raises(SystemExit):
         run(conditional, "--n", 2, "--seed", 1, "--individual", "out")
     assert "out has files" in capsys.readouterr().err and len(written("out")) == 3
+
+
+def test_resuming_keeps_the_labels_of_other_pictures(conditional, capsys):
+    run(conditional, "--n", 2, "--individual", "out")
+    Path("out/labels.csv").write_text("name,text\nmine.png,AB\n")
+    with pytest.raises(SystemExit):
+        run(conditional, "--n", 2, "--individual", "out", "--resume")
+    assert "out/labels.csv names other files" in capsys.readouterr().err
+    assert Path("out/labels.csv").read_text() == "name,text\nmine.png,AB\n"
+
+
+def test_titles_are_not_formulas():
+    """Two dollars would be: with this in between, one that matplotlib cannot read."""
+    figure = plot_samples(tiny(charset="$^"), n=2, text="$^", path="figure.png")
+    plot_rows([torch.zeros(1, 1, 4, 4)], ["$^$"], "rows.png", ["$^$"])
+    assert figure.axes[0].get_title() == "$^" and written() == ["figure.png", "rows.png"]
 
 
 def test_individual_files_of_a_grey_model_are_grey():

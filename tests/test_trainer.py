@@ -37,6 +37,7 @@ from trainer import (
     Hyperparameters,
     batch_means,
     batches,
+    begin_with,
     evaluate,
     hold_out,
     objective,
@@ -1417,6 +1418,17 @@ def test_command_line_leaves_out_bad_files(small, tmp_path, capsys):
     assert HVAE.load(tmp_path / "out" / "hvae.pt").provenance["data"]["count"] == 12
 
 
+def test_command_line_trains_on_grey_versions(small, tmp_path):
+    trainer.main([*small, "--channels", "1"])
+    assert HVAE.load(tmp_path / "out" / "hvae.pt").input_shape == (1, 16, 32)
+
+
+def test_command_line_keeps_its_pictures_out_of_the_data(small, tmp_path, capsys):
+    before = content(tmp_path / "in")
+    line = last_line([*small, "--out", str(tmp_path / "in" / "run")], capsys)
+    assert "would become data" in line and content(tmp_path / "in") == before
+
+
 def test_command_line_names_a_file_that_breaks_later(small, capsys, monkeypatch):
     """In a worker process, whose errors come with their traceback."""
     data = CaptchaFolder(small[1])
@@ -1556,6 +1568,16 @@ def test_what_fits_is_taken_over_from_a_checkpoint_of_other_images(small, tmp_pa
     close(trained.texts[0].embedding.weight[1], model.texts[0].embedding.weight[0])  # of B
 
 
+def test_a_checkpoint_begins_a_model_of_a_folder(tmp_path):
+    """The same from Python."""
+    tiny_captcha(input_size=(24, 40), charset="BCX").save(tmp_path / "model.pt")
+    data = CaptchaFolder(image_folder(tmp_path / "in", ["AB", "BA"] * 6), None, 2, "AB")
+    model = begin_with(tmp_path / "model.pt", data, context=(1, 1))
+    assert model.config["context"] == [1, 1]
+    trained, _ = fit(tmp_path / "out", model, data, batch_size=2)
+    assert trained.input_shape == (3, 16, 32) and trained.charset == "AB"
+
+
 def test_the_best_model_is_kept(tmp_path, monkeypatch):
     """Held-out -ELBOs of 3, 2 and 4 nats: the second model is the one."""
     nats = iter([3.0, 2.0, 4.0])
@@ -1645,6 +1667,7 @@ def test_command_line_seed_sets_the_weights(small, tmp_path):
         ("--init ''", "--init: expected a path"),
         ("--evaluate ''", "--evaluate: expected a path"),
         # an option without effect
+        ("--channels 2", "--channels"),
         ("--fonts a.ttf", "--fonts has no effect with --folder"),
         ("--root data", "--root has no effect with --folder"),
         ("--charset AB", "--charset has no effect without --length"),
@@ -1672,6 +1695,7 @@ def test_command_line_errors(options, message, small, capsys):
         ("--length 0", "length"),
         ("--fonts no.ttf", "no.ttf"),
         ("--skip-bad", "--skip-bad has no effect with --data captcha"),
+        ("--channels 1", "--channels has no effect with --data captcha"),
         ("--root data", "--root has no effect with --data captcha"),
         ("--data mnist --charset AB", "--charset has no effect with --data mnist"),
         ("--data mnist --size 9 9", "--size has no effect with --data mnist"),

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import usefulness
 from PIL import Image
 
+from generate import held_out_images
 from model import HVAE
 
 
@@ -23,7 +24,10 @@ def folder(tmp_path):
 
 
 def test_a_row_of_the_table(folder, tmp_path, monkeypatch, capsys):
-    """Both readers' shares; the same ones again from the model that is there by then."""
+    """Both readers' shares; the same ones again from the model that is there by then.
+
+    A corrected text makes another model.
+    """
     outer, inner = [("conv", 4, 2), ("res", 4)], [[("dense", 4)]]
     HVAE(outer, inner, (16, 32), text_length=2, charset="AB").save(tmp_path / "tiny.pt")
     options = "--length 2 --charset ab --sizes 1000 --steps 2 --samples 8 --reader-steps 2"
@@ -39,4 +43,11 @@ def test_a_row_of_the_table(folder, tmp_path, monkeypatch, capsys):
     assert rows[0] == rows[1]
     (run,) = (tmp_path / "out").glob(f"pictures-{pictures:.0f}-*")
     assert {"hvae.pt", "state.pt", "sheet.png"} <= {path.name for path in run.iterdir()}
-    assert HVAE.load(run / "hvae.pt").charset == "ab"
+    model = HVAE.load(run / "hvae.pt")
+    assert model.charset == "ab"
+    held_out = held_out_images(model)  # not those that it was trained on
+    assert held_out.split == "test" and 0 < len(held_out) < 60
+    corrected = next(name for name in sorted(folder.iterdir()) if name.name.startswith("aa"))
+    (folder / "labels.csv").write_text(f"name,text\n{corrected.name},ab\n")
+    usefulness.main()
+    assert len(list((tmp_path / "out").iterdir())) == 2

@@ -26,12 +26,11 @@ from reader import balanced, fit_reader, kind_of, shuffled
 
 from dataset import CaptchaFolder
 from generate import FOLDER, draw_texts, sample_sheet
-from hvae.adapt import adapted
 from hvae.cli import make_parser, one_line_errors, path_argument
 from hvae.parallel import keep_memory
 from hvae.pictures import write_image
 from model import HVAE
-from trainer import data_arguments, train
+from trainer import begin_with, train
 
 
 def as_tensors(data: Dataset) -> tuple[Tensor, Tensor]:
@@ -63,17 +62,18 @@ def augmented(batches, seed: int = 0):
 
 def fit_model(pictures: CaptchaFolder, args, out: Path) -> HVAE:
     """A model of these pictures; a tenth of them chooses the best."""
-    model, _ = adapted(HVAE.load(args.init), **data_arguments(pictures))
-    model.provenance = {}
+    model = begin_with(args.init, pictures)
     data = Subset(pictures, range(len(pictures)))
+    data.description = pictures.description
     every = max(1, args.steps // 8)
     return train(model, data, out=out, resume=True, eval_every=every, steps=args.steps)[0]
 
 
 def compare(pictures: CaptchaFolder, test: tuple[Tensor, Tensor], args) -> list[float]:
     """Shares of symbols and texts that the readers read: of pictures alone, of both."""
-    origin = Path(args.init).read_bytes() + pictures.description["content"].encode()
-    digest = hashlib.blake2b(origin, digest_size=4).hexdigest()  # other weights, another run
+    data = "\n".join([pictures.description["content"], pictures.charset, *pictures.texts])
+    origin = Path(args.init).read_bytes() + data.encode()
+    digest = hashlib.blake2b(origin, digest_size=4).hexdigest()  # of another origin, another run
     out = Path(args.out) / f"{pictures.root.name}-{len(pictures)}-{digest}"
     model = fit_model(pictures, args, out)
     write_image(sample_sheet(model, 40, captions=True), out / "sheet.png")
@@ -94,6 +94,8 @@ def main() -> None:
     add("folder", type=path_argument)
     add("--length", type=int, required=True, help="symbols in the longest text")
     add("--charset", help="the symbols of the texts; digits and upper-case letters")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="to resize the pictures to")
+    add("--skip-bad", action="store_true", help="leave out damaged or misnamed files")
     add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000], help="training pictures")
     add("--init", type=path_argument, default=FOLDER / "fonts.pt", help="what a model begins with")
     add("--steps", type=int, default=3000, help="of a model's training")
@@ -105,7 +107,8 @@ def main() -> None:
     args = parser.parse_args()
     keep_memory()
     with one_line_errors(parser):
-        folder = CaptchaFolder(args.folder, None, args.length, args.charset, split="train")
+        texts = (args.length, args.charset)
+        folder = CaptchaFolder(args.folder, args.size, *texts, args.skip_bad, split="train")
         test = as_tensors(folder.other_split("test", len(folder)))
         print(f"{len(folder)} training pictures, {len(test[0])} to test", flush=True)
         print("pictures   alone: symbols  texts   with samples: symbols  texts", flush=True)
