@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from hvae.cli import make_parser, one_line_errors, path_argument
@@ -139,8 +140,10 @@ class CaptchaDataset(Dataset):
         validate_int("seed", self.seed)
         if self.fonts is not None:
             self.fonts = find_fonts(self.fonts)
-        if self.font_sizes is not None:
-            validate_font_sizes(self.font_sizes)
+        sizes = self.font_sizes
+        is_list = isinstance(sizes, (tuple, list)) and len(sizes) > 0
+        if sizes is not None and not (is_list and all(is_int(n, 1) for n in sizes)):
+            raise InputError(f"font_sizes: expected a list of whole numbers >= 1, got {sizes!r}")
 
         self.image_size = tuple(self.image_size)
         height, width = self.image_size
@@ -201,11 +204,6 @@ def font_name(path: str) -> str:
     """How a checkpoint names a font, so that other machines find it, too."""
     font = Path(path)
     return font.name if font.parent in FONT_FOLDERS else str(font.resolve())
-
-
-def validate_font_sizes(sizes: Sequence[int]) -> None:
-    if not isinstance(sizes, (tuple, list)) or not sizes or not all(is_int(n, 1) for n in sizes):
-        raise InputError(f"font_sizes: expected a list of whole numbers >= 1, got {sizes!r}")
 
 
 def validate_path(name: str, path: str | Path) -> None:
@@ -357,6 +355,8 @@ class CaptchaFolder(Dataset):
             return ""
         name = self.name_of(path)
         text = self.labels.get(name)
+        if text is not None and not set(text) <= set(self.charset):
+            text = unicodedata.normalize("NFC", text.strip())
         source = "its text in labels.csv should be"
         if text is None:
             start = name.rpartition("/")[2]
@@ -443,20 +443,17 @@ def read_labels(path: Path) -> dict[str, str]:
     """The texts of labels.csv by the files' names, relative to its folder; {} without the file."""
     if not path.is_file():
         return {}
-    clean = lambda entry: unicodedata.normalize("NFC", entry.strip())
     labels = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        try:
-            for row in rows:
-                name, text = clean(row["name"]), clean(row["text"])
-                if labels.setdefault(name, text) != text:
-                    raise InputError(f"{path}: two texts for {name}: {labels[name]}, {text}")
-        except (KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(
-                f"{path}: expected rows of name,text in UTF-8, below that heading; see line "
-                f"{rows.line_num}"
-            ) from error
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file, restval=""):
+                name = unicodedata.normalize("NFC", row["name"].strip())
+                if labels.setdefault(name, row["text"]) != row["text"]:
+                    raise InputError(f"{path}: {name} has two texts: {labels[name]}, {row['text']}")
+    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"{path}: expected rows of name,text below that heading, in UTF-8"
+        ) from error
     return labels
 
 
@@ -615,7 +612,7 @@ def write_sheet(dataset: Dataset, path: str | Path) -> None:
     """Writes all images of a dataset into one picture, four in a row."""
     if len(dataset) * math.prod(dataset.image_size) > MAX_SHEET_PIXELS:
         raise InputError(f"--n: {len(dataset)} images are too many for one sheet; try --export")
-    write_image(torch.stack([image for image, _ in dataset]), path, nrow=4, pad_value=1)
+    write_image(make_grid([image for image, _ in dataset], nrow=4, pad_value=1), path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -466,7 +466,8 @@ def held_out_images(
         return Subset(test_set, [i * len(test_set) // n for i in range(n)])
     if data is None and origin.get("renderer") != "captcha":
         raise InputError("the model was not trained on plain renders; name a --folder or --data")
-    size, length = 512 if limit is None else limit, model.text_length or 4
+    size = 512 if limit is None else limit
+    length = model.text_length or 4
     known = origin if data is None else {}
     look = dict(fonts=fonts or known.get("fonts"), font_sizes=known.get("font_sizes"))
     shortest = model.possible_lengths[0] if model.lengths else None
@@ -525,7 +526,7 @@ def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
 def sampling_parser() -> argparse.ArgumentParser:
     parser = make_parser("Draws captchas with a trained HVAE.")
     add = parser.add_argument
-    add("--data", choices=tuple(CHECKPOINTS), default="captcha", help="whose shipped checkpoint")
+    add("--data", choices=tuple(CHECKPOINTS), help="whose shipped checkpoint; default: captcha")
     add("--folder", type=path_argument, metavar="DIR", help="originals of the figures")
     add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")
     add("--checkpoint", type=path_argument, metavar="FILE", help="a file that HVAE.save wrote")
@@ -571,10 +572,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors(parser):
         validate_int("--n", args.n, 1)
         validate_int("--seed", args.seed, 0, 2**63 - 1)
-        model = HVAE.load(args.checkpoint or CHECKPOINTS[args.data], pick_device(args.device))
+        checkpoint = args.checkpoint or CHECKPOINTS[args.data or "captcha"]
+        model = HVAE.load(checkpoint, pick_device(args.device))
         request = (args.n, args.text, args.temperature, args.seed)
         if args.figures:
-            originals = held_out_images(model, root=args.root, folder=args.folder)
+            originals = held_out_images(model, args.data, args.root, folder=args.folder)
             save_figures(model, Path(args.figures), originals)
             print(f"pictures in {args.figures}")
         elif args.individual:

@@ -27,7 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvae.arguments import channels_per_level, flow_couplings, plain, validate_arguments
-from hvae.blocks import Block, Layer, Res, Size, build, group_norm, mirror, pixels, plan, project
+from hvae.blocks import (
+    Block,
+    ConvTranspose,
+    Layer,
+    Res,
+    Size,
+    group_norm,
+    mirror,
+    pixels,
+    plan,
+    project,
+)
 from hvae.checkpoint import load_checkpoint, write_tensors
 from hvae.context import ContextNetwork, Pixels
 from hvae.distributions import (
@@ -51,7 +62,7 @@ from hvae.validate import InputError, validate_int, validate_number
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
 
-# Arguments of HVAE by name. Older files lack both: then they are None.
+# What the files mean that were written before HVAE had these arguments, see load().
 WITHOUT_WINDOWS = {"context": None, "prior_context": None}
 BINARY_DIGITS = dict(
     WITHOUT_WINDOWS,
@@ -160,10 +171,10 @@ class TextInput(nn.Module):
 
 
 class PriorFeatures(nn.Module):
-    """What the window of a map directly below a vector is given instead of h (B, c, H, W).
+    """Prepares h (B, c, H, W) for the window of a map directly below a vector.
 
-    In the simplest case one linear layer makes h from the vector: no convolution has mixed its
-    positions, and the text is a part of the vector. Here each position attends to the text, and a
+    Such an h comes from the vector by a linear layer: no convolution has mixed neighbours, and the
+    text is spread over all positions. Here each position attends to the text once more, and a
     residual block mixes neighbours.
     """
 
@@ -307,7 +318,7 @@ class HVAE(nn.Module):
         # generation[l] leads back
         self.inference = nn.ModuleList(Block(block) for block in up)
         self.generation = nn.ModuleList(Block(block) for block in down)
-        self.to_image = build(to_image)[0]
+        self.to_image = ConvTranspose(to_image)
         nn.init.zeros_(self.to_image.bias)
         self.add_levels(widths, sizes, down)
         if self.top_down:  # generation's first features
@@ -328,7 +339,8 @@ class HVAE(nn.Module):
         self, widths: Sequence[int], sizes: Sequence[Size], down: Sequence[Sequence[Layer]]
     ) -> None:
         """The latents z_1 ... z_L, with the windows, their features and the flow of the priors."""
-        L, c_z, context = len(widths), self.config["latent_channels"], self.config["prior_context"]
+        L, c_z = len(widths), self.config["latent_channels"]
+        prior_context = self.config["prior_context"]
         couplings = flow_couplings(self.config["flow"], c_z[-1], sizes[-1], self.top_down and L > 1)
         self.config["flow"] = couplings
         self.levels = nn.ModuleList()
@@ -340,13 +352,13 @@ class HVAE(nn.Module):
             if top and couplings:
                 flow = Flow(c_z[l], couplings)
             has_earlier = pixels(sizes[l]) > 1  # positions of the map
-            if context and has_earlier and (self.top_down or not top):
-                window = WindowNetwork(c_z[l], c_h, context)
+            if prior_context and has_earlier and (self.top_down or not top):
+                window = WindowNetwork(c_z[l], c_h, prior_context)
                 if not top and not sizes[l + 1]:
                     features = PriorFeatures(c_h, sizes[l], self.text_length, len(self.charset))
             shape = (c_z[l], *sizes[l])
-            parts = (window, features, flow)
-            self.levels.append(Level(widths[l], c_h, c_out, shape, top, self.top_down, *parts))
+            level = Level(widths[l], c_h, c_out, shape, top, self.top_down, window, features, flow)
+            self.levels.append(level)
 
     def add_text_inputs(self, c_top: int, sizes: Sequence[Size]) -> None:
         """Where the text enters: after z_l at every level, and into a ladder's first features.
@@ -380,12 +392,8 @@ class HVAE(nn.Module):
         else:
             c_out = c
         # a block that keeps the size is its own mirror: both directions are built from one list
-        keeps_size = lambda block: block[0].size_in == block[-1].size_out
-        is_vector = lambda block: block[-1].size_out == ()
-        inner = [
-            block if keeps_size(block) and not is_vector(block) else mirror(block)
-            for block in up[1:]
-        ]
+        keeps_size = lambda block: block[0].size_in == block[-1].size_out != ()
+        inner = [block if keeps_size(block) else mirror(block) for block in up[1:]]
         return up, [outer, *inner], last._replace(c_out=c_out, bn=False)
 
     @property
@@ -443,17 +451,20 @@ class HVAE(nn.Module):
         """
         self.check_images(x)
         y = None if y is None else repeat(y, draws)
-        up = self.features(x, draws) if self.top_down else self.chain(x, draws, generator)
+        if self.top_down:
+            d = self.features(x, draws)
+        else:
+            drawn = self.chain(x, draws, generator)
         terms: list[LevelTerms] = []
         h = self.start(len(x) * draws, y)
         for l in reversed(range(len(self.levels))):
             level = self.levels[l]
             p = level.prior(h, y)
             if self.top_down:
-                q = level.posterior(up[l], h, p)
+                q = level.posterior(d[l], h, p)
                 z = q.sample(generator=generator)
             else:
-                q, z = up[l]
+                q, z = drawn[l]
             if closed is not None:
                 q, z = use_prior_mean(q, p.base, z, closed > l)
             log_p = p.log_prob(z)
@@ -473,14 +484,14 @@ class HVAE(nn.Module):
         self, x: Tensor, draws: int, generator: torch.Generator | None
     ) -> list[tuple[DiagonalGaussian, Tensor]]:
         """The Markov chain's way up: z_1 ~ q(z_1|x), then z_{l+1} ~ q(z_{l+1}|z_l)."""
-        up, h = [], repeat(self.inference[0](logits(x)), draws)
+        drawn, h = [], repeat(self.inference[0](logits(x)), draws)
         for l, level in enumerate(self.levels):
-            if up:
-                h = self.inference[l](self.stems[l - 1](up[-1][1]))
+            if l > 0:
+                h = self.inference[l](self.stems[l - 1](drawn[-1][1]))
             q = level.q(h)
             z = q.sample(generator=generator)
-            up.append((q, z))
-        return up
+            drawn.append((q, z))
+        return drawn
 
     def kl(self, l: int, q: DiagonalGaussian, p: Prior, log_p: Tensor) -> Tensor:
         """The KL term of a level, (B,) nats: in closed form, or as -H(q) - log p(z_l).
@@ -633,8 +644,10 @@ class HVAE(nn.Module):
             if not (fits and set(t) <= set(self.charset)):
                 wanted = f"{span(self.possible_lengths)} symbols of {self.charset}"
                 raise InputError(f"text {t!r}: expected {wanted}")
-        rows = [encode_text(t, self.charset, self.text_length) for t in texts]
-        return torch.cat([torch.empty(0).long(), *rows]).view(n, self.text_length).to(self.device)
+        y = torch.empty(n, self.text_length, dtype=torch.long)
+        for row, t in zip(y, texts, strict=True):
+            row.copy_(encode_text(t, self.charset, self.text_length))
+        return y.to(self.device)
 
     # ------------------------------------------------------------------------ checks, files
 
@@ -660,7 +673,7 @@ class HVAE(nn.Module):
     def freeze_latents(self) -> None:
         """Leaves only p(x|z) to train: the outer block's mirror, the output map, the context."""
         self.requires_grad_(False)
-        for part in self.children():
+        for part in self.children():  # not the model itself: in eval mode, forward() makes no guess
             part.eval()  # the statistics of batch normalisation stay as they are, too
         for part in (self.generation[0], self.to_image, self.context):
             if part is not None:

@@ -169,7 +169,7 @@ class Hyperparameters:
     def __post_init__(self):
         for f in fields(self):
             value, kind = getattr(self, f.name), f.type
-            if value is None and f.default is None:  # see fit_to()
+            if value is None and f.default is None:  # filled below, or by fit_to()
                 continue
             if kind in (int, int | None):
                 validate_int(f.name, value, f.metadata["low"], f.metadata["high"])
@@ -237,6 +237,7 @@ class Hyperparameters:
         steps, warmup = self.frozen_from, self.warmup
         if step >= self.frozen_from:
             step, steps = step - self.frozen_from, self.steps - self.frozen_from
+        if self.frozen_from < self.steps:
             warmup = min(warmup, steps // 2)
         if step < warmup:
             return self.lr * (step + 1) / warmup
@@ -455,7 +456,7 @@ def objective(
 
     With a context the reconstruction is pixel_weight * -log p(x|z) + (1 - pixel_weight) * guess.
     Free bits (Kingma et al. 2016, eq. 15) hold for a level's mean KL over the images in which it
-    is open: `closed` (B,) is the number of an image's closed levels, whose KL is zero.
+    is open: `closed` (B,) is the number of an image's closed levels, whose KL does not count.
     """
     is_open = is_open_level(terms, closed)
     kl = (terms.kl * is_open).sum(0)  # (L,)
@@ -873,6 +874,8 @@ def parse(
     by_data = args.data == "mnist" and "config" not in given
     config = "mnist-hvae" if by_data else args.config
     parser.set_defaults(config=config, **TRAINING[config])
+    if config.startswith("mnist") and not args.folder:
+        parser.set_defaults(data="mnist")
     return parser, parser.parse_args(arguments), given
 
 

@@ -66,10 +66,10 @@ def fitted_blocks(old: nn.Module, new: nn.Module) -> dict[str, Tensor]:
     weights = {}
     blocks = {name: block for name, block in old.named_modules() if isinstance(block, Block)}
     for name, block in blocks.items():
-        for k, (x, y) in enumerate(zip(block.plan, new.get_submodule(name).plan, strict=True)):
-            if x.kind in ("dense", "undense"):
-                fit = fitted_dense if x.kind == "dense" else fitted_undense
-                named = fit(block.layers[k].state_dict(), x, y)
+        for k, layers in enumerate(zip(block.plan, new.get_submodule(name).plan, strict=True)):
+            if layers[0].kind in ("dense", "undense"):
+                fit = fitted_dense if layers[0].kind == "dense" else fitted_undense
+                named = fit(block.layers[k].state_dict(), *layers)
                 weights.update({f"{name}.layers.{k}.{n}": w for n, w in named.items()})
     name = "inference.0.layers.0.0.weight"
     colours, new_colours = old.input_shape[0], new.input_shape[0]
@@ -97,19 +97,19 @@ def fitted_context(old: nn.Module) -> dict[str, Tensor]:
     return {f"context.{name}": w.detach() for name, w in weights.items()}
 
 
-def fitted_dense(named: dict[str, Tensor], x: Layer, y: Layer) -> dict[str, Tensor]:
+def fitted_dense(named: dict[str, Tensor], before: Layer, after: Layer) -> dict[str, Tensor]:
     """A map of another size is summed over as many positions as it has."""
-    weight = named["1.weight"].unflatten(1, (x.c_in, *x.size_in))
-    share = pixels(x.size_in) / pixels(y.size_in)
-    return {**named, "1.weight": share * stretched(weight, y.size_in).flatten(1)}
+    weight = named["1.weight"].unflatten(1, (before.c_in, *before.size_in))
+    share = pixels(before.size_in) / pixels(after.size_in)
+    return {**named, "1.weight": share * stretched(weight, after.size_in).flatten(1)}
 
 
-def fitted_undense(named: dict[str, Tensor], x: Layer, y: Layer) -> dict[str, Tensor]:
-    weight = named["0.weight"].T.unflatten(1, (x.c_out, *x.size_out))
-    bias = named["0.bias"].view(1, x.c_out, *x.size_out)
+def fitted_undense(named: dict[str, Tensor], before: Layer, after: Layer) -> dict[str, Tensor]:
+    weight = named["0.weight"].T.unflatten(1, (before.c_out, *before.size_out))
+    bias = named["0.bias"].view(1, before.c_out, *before.size_out)
     return {
-        "0.weight": stretched(weight, y.size_out).flatten(1).T,
-        "0.bias": stretched(bias, y.size_out).flatten(),
+        "0.weight": stretched(weight, after.size_out).flatten(1).T,
+        "0.bias": stretched(bias, after.size_out).flatten(),
     }
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 from hvae.blocks import Size, pixels
 from hvae.distributions import LIKELIHOODS
@@ -24,9 +24,9 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         values = [plain(part) for part in value]
         return tuple(values) if values and isinstance(values[0], str) else values
-    for kind in (bool, str, int, float):  # numpy's are subclasses, but not JSON
-        if isinstance(value, kind):
-            return kind(value)
+    for kind, plain_kind in ((bool, bool), (str, str), (Integral, int), (Real, float)):
+        if isinstance(value, kind):  # numpy's are, but they are not JSON
+            return plain_kind(value)
     return value
 
 

@@ -308,7 +308,7 @@ class Res(nn.Module):
 
 
 def group_norm(groups: int, c: int, size: Size) -> nn.Module:
-    """Group normalisation; skipped for one value, which it would set to 0."""
+    """Group normalisation, of no group with a single value, which it would set to 0."""
     if c * pixels(size) == 1:
         return nn.Identity()
     return nn.GroupNorm(1 if c * pixels(size) == groups else groups, c)

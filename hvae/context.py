@@ -97,8 +97,8 @@ class ContextNetwork(nn.Module):
 
     def score_or_draw(
         self, window: Tensor, f: Tensor, x: Tensor | None, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores pixels x (C, N): returns x and log p (C, N). Draws x if it is None.
+    ) -> Tensor:
+        """log p (C, N) of the pixels x (C, N), or pixels drawn, (C, N), if x is None.
 
         Args:
             window: (taps, C, N), see Pixels.window(). It and x are levels: 0 ... 255, or 0 and 1.
@@ -110,12 +110,12 @@ class ContextNetwork(nn.Module):
             differences = window - left
             h = self.trunk(torch.cat([root(differences), left / 64 - 3]), f)
             return self.logistics(h, window, channel_products(differences), x, noise)
-        # 8-bit pixels have the level of the left one here; a binary window shows it, so zeros
+        # zeros where 8-bit pixels give the left one's level, which a binary window contains
         h = self.trunk(torch.cat([window, torch.zeros_like(left)]), f)
         logit = (self.out(h).to(window) + f[:, : self.channels].to(window)).T
         if x is None:
-            return (noise[:, 0] < logit.sigmoid()).to(window), None
-        return x, -F.binary_cross_entropy_with_logits(logit, x, reduction="none")
+            return (noise[:, 0] < logit.sigmoid()).to(window)
+        return -F.binary_cross_entropy_with_logits(logit, x, reduction="none")
 
     def trunk(self, seen: Tensor, f: Tensor) -> Tensor:
         """What the window, `seen` (taps + 1, C, N), and z say, (N, width)."""
@@ -131,14 +131,14 @@ class ContextNetwork(nn.Module):
         products: list[list[Tensor]],
         x: Tensor | None,
         noise: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         """Channel after channel: a mixture whose means follow the channels before.
 
         A mean moves with each earlier channel's residual by a slope. Slopes are ridge regressions
         over the window's pixels, by their `products`, shrunk towards a prediction from h.
         """
         bases = self.bases(window, self.coverage(h).to(window).T.sigmoid())  # (BASES, C, N)
-        values, log_p, residuals = [], [], []
+        rows, residuals = [], []
         for c in range(self.channels):
             base, hidden = bases[:, c], h
             if c:
@@ -149,14 +149,10 @@ class ContextNetwork(nn.Module):
                 earlier = torch.cat([*map(root, residuals), torch.stack(slopes)]).T
                 hidden = h + F.silu(self.from_h[c - 1](h) + self.from_earlier[c - 1](earlier))
             mixture = self.mixture(c, hidden, base)
-            if x is None:
-                value = mixture.draw(noise[c])
-            else:
-                value = x[c]
-                log_p.append(mixture.log_prob(value))
-            values.append(value)
+            value = mixture.draw(noise[c]) if x is None else x[c]
+            rows.append(value if x is None else mixture.log_prob(value))
             residuals.append(value - base)  # (BASES, N)
-        return torch.stack(values), torch.stack(log_p) if log_p else None
+        return torch.stack(rows)
 
     def bases(self, window: Tensor, coverage: Tensor) -> Tensor:
         """The levels that means start from, (BASES, C, N).
@@ -236,7 +232,7 @@ class Pixels:
         """log p (N, C) of the pixels i, which count through (B, H, W), given windows of `seen`."""
         x = canvas.index_select(0, self.places(i))
         f = self.f.index_select(0, i).to(x)
-        return self.network.score_or_draw(self.window(seen, palette, i), f, x.T)[1].T
+        return self.network.score_or_draw(self.window(seen, palette, i), f, x.T).T
 
     def palette(self, x: Tensor) -> Tensor:
         """Of images x, (B, 3, C) levels; of binary ones no colours, (B, 0, C)."""
@@ -293,7 +289,7 @@ class Pixels:
             f = self.f.index_select(0, i).to(canvas)
             its_noise = of_pixels.index_select(0, i).permute(1, 2, 0)
             window = self.window(canvas, palette, i)
-            x = self.network.score_or_draw(window, f, None, its_noise)[0].T
+            x = self.network.score_or_draw(window, f, None, its_noise).T
             canvas.index_copy_(0, self.places(i), x)
         drawn = canvas[self.places(torch.arange(batch * h * w, device=device))] / self.levels
         return drawn.view(batch, h, w, c).permute(0, 3, 1, 2)
@@ -334,11 +330,12 @@ def ridge_slopes(
     slopes = []
     for d in range(c):
         slope = (products[c][d] + ridge * expected[:, d]) / (products[d][d] + ridge)
-        slopes.append(slope.clamp(-6, 6))
-        square = products[c][c] - slopes[d] * (2 * products[c][d] - slopes[d] * products[d][d])
+        slope = slope.clamp(-6, 6)
+        square = products[c][c] - slope * (2 * products[c][d] - slope * products[d][d])
         for k in range(len(products)):
-            products[c][k] = products[k][c] = products[c][k] - slopes[d] * products[d][k]
+            products[c][k] = products[k][c] = products[c][k] - slope * products[d][k]
         products[c][c] = square.clamp(min=0)
+        slopes.append(slope)
     return slopes
 
 

@@ -43,7 +43,8 @@ def evaluate(
         binariser = torch.Generator(device).manual_seed(seed)  # the same images for any draws
         loader = DataLoader(dataset, batch_size // draws)
         for x, y in tqdm(loader, desc="evaluate", delay=20, leave=False):
-            x, y = x.to(device), y.to(device) if model.text_length is not None else None
+            x = x.to(device)
+            y = y.to(device) if model.text_length is not None else None
             x = binarised(x, binariser) if binarise else x
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 terms = [
@@ -57,7 +58,7 @@ def evaluate(
     elbo, reconstruction, *kl = torch.cat(rows).mean(0).tolist()
     bounds = {k: torch.cat([b[k] for b in bounds]).mean().item() for k in bounds[0]}
     log_likelihood = bounds[importance_samples]
-    bound = elbo if importance_samples == 1 else log_likelihood  # the same, with less noise
+    bound = elbo if importance_samples == 1 else log_likelihood  # its KLs are less noisy
     bits = -bound / (math.prod(model.input_shape) * math.log(2))
     return {
         "elbo": elbo,

@@ -7,14 +7,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from hvae.checkpoint import atomic_write
 from hvae.validate import InputError
 
 
-def write_image(image: Tensor, path: str | Path, **grid) -> None:
-    """Writes an image (C, H, W) in [0, 1], or several (n, C, H, W) as a grid, see make_grid.
+def write_image(image: Tensor, path: str | Path) -> None:
+    """Writes an image (C, H, W) in [0, 1].
 
     Raises:
         ValueError: the file's extension is not that of a picture, or cannot hold the image.
@@ -22,7 +21,6 @@ def write_image(image: Tensor, path: str | Path, **grid) -> None:
     """
     content, kind = BytesIO(), picture_format(path)
     try:
-        image = image if image.dim() == 3 and not grid else make_grid(image, **grid)
         levels = (255 * image.float()).round().clamp(0, 255).byte()
         to_pil_image(levels.cpu()).save(content, kind)
     except (ValueError, OverflowError) as error:  # such as a GIF of more than 65,535 rows

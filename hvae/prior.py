@@ -95,14 +95,19 @@ class WindowPrior:
         windows = canvas.unfold(2, net.rows + 1, 1).unfold(3, 2 * net.columns + 1, 1)
         for front in fronts(H, W, net.columns, device):
             i, j = front // W, front % W
-            at = lambda maps, i=i, j=j: maps[:, :, i, j].transpose(1, 2).flatten(0, 1)
-            log_pi, mean, log_sigma = net(at(windows), at(self.from_h)[..., None, None])
+            from_h = at(self.from_h, i, j)[..., None, None]
+            log_pi, mean, log_sigma = net(at(windows, i, j), from_h)
             cumulative = log_pi[..., 0, 0].exp().cumsum(1)
-            k = (cumulative[:, :-1] < at(noise)).sum(1)  # of the component
+            k = (cumulative[:, :-1] < at(noise, i, j)).sum(1)  # of the component
             row = torch.arange(len(k), device=device)
             mean, log_sigma = mean[row, k, :, 0, 0], log_sigma[row, k, :, 0, 0]
-            u = mean + temperature * log_sigma.exp() * at(eps)
+            u = mean + temperature * log_sigma.exp() * at(eps, i, j)
             u = u.unflatten(0, (b, len(front))).transpose(1, 2)
             canvas[:, :c, net.rows + i, net.columns + j] = u
         u = canvas[:, :c, net.rows :, net.columns : net.columns + W]
         return self.base.mu + (0.5 * self.base.logvar).exp() * u
+
+
+def at(maps: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Maps (B, c, H, W, ...) at N positions (i, j): (B * N, c, ...)."""
+    return maps[:, :, i, j].transpose(1, 2).flatten(0, 1)

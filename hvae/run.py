@@ -147,9 +147,9 @@ class Run:
                 f"{path}: it was trained with other {', '.join(names)}; give the same options again"
             )
         changes = [
-            f"{name} = {self.settings.get(name)} instead of {old}"
-            for name, old in metadata["settings"].items()
-            if self.settings.get(name) != old
+            f"{name} = {self.settings.get(name)} instead of {before}"
+            for name, before in metadata["settings"].items()
+            if self.settings.get(name) != before
         ]
         data = json.loads(json.dumps(self.description))
         if without_place(metadata.get("data", data)) != without_place(data):

@@ -553,9 +553,9 @@ def test_labels_csv_stands_beside_names(tmp_path):
     "rows, message",
     [
         ("one,AB\nelse,CD\n", r"labels\.csv: no file is named 'one'.*names are like 'one\.png'"),
-        ("one.png,AB\none.png,AC\n", r"labels\.csv: two texts for one\.png: AB, AC"),
-        ("one.png,AB\ntwo.png\n", r"labels\.csv: expected rows of name,text.*line 3"),
-        ("one.png;AB\n", r"labels\.csv: expected rows of name,text.*line 2"),
+        ("one.png,AB\none.png,AC\n", r"labels\.csv: one\.png has two texts: AB, AC"),
+        ("one.png,AB\ntwo.png\n", r"two\.png: its text in labels\.csv should be .*, got ''"),
+        ("one.png;AB\n", r"labels\.csv: no file is named 'one\.png;AB'"),
     ],
 )
 def test_labels_csv_that_would_be_misread(tmp_path, rows, message):

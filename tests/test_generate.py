@@ -286,6 +286,12 @@ def test_individual_files_of_a_text(conditional):
     assert folder[0][0].shape == (3, H, W) and folder[0][1].tolist() == [2, 1]
 
 
+def test_individual_files_whose_texts_end_in_spaces():
+    save_individual(tiny(charset="A "), "out", 16)
+    texts = CaptchaFolder("out", text_length=2, charset="A ").texts
+    assert all(len(text) == 2 for text in texts) and {"A ", "  "} <= set(texts)
+
+
 def test_individual_files_whose_texts_have_commas():
     save_individual(tiny(charset="A,"), "out", 4)
     folder = CaptchaFolder("out", text_length=2, charset="A,")

@@ -300,6 +300,14 @@ def test_defaults_of_the_command_line(options, expected):
     assert (args.config, args.steps, args.binarise, args.closed_share) == expected
 
 
+def test_the_digits_configs_train_on_digits():
+    """Unless other images are named."""
+    data_of = lambda options: trainer.parse(options.split())[1].data
+    assert data_of("--config mnist-hvae") == data_of("--config mnist-vae") == "mnist"
+    assert data_of("--config mnist-vae --data captcha") == "captcha"
+    assert data_of("--config mnist-vae --folder in") is None and data_of("") is None
+
+
 def test_digits_as_texts(flat_options, tmp_path):
     trainer.main([*flat_options, "--length", "1", "--steps", "1"])
     model = HVAE.load(tmp_path / "out" / "hvae.pt")

@@ -821,7 +821,8 @@ def test_saved_model_draws_bitwise_the_same_samples(case, path):
 
 
 def test_numpy_arguments_survive_the_file(path):
-    model = tiny(likelihood=np.str_("gaussian"), sigma=np.float64(0.2))
+    numbers = dict(sigma=np.float32(0.2), text_length=2, lengths=[*np.bincount([1, 2, 2])[1:]])
+    model = tiny(likelihood=np.str_("gaussian"), **numbers)
     model.save(path)
     loaded = HVAE.load(path)
     assert loaded.config == model.config
