@@ -297,10 +297,9 @@ def train(
 ) -> tuple[HVAE, list[dict]]:
     """Trains a model; returns the best one, with averaged weights, and its history.
 
-    The folder `out` receives hvae.pt (the averaged model of the best evaluation, by the held-out
-    -ELBO), metrics.csv (the history), loss.png, samples.png, and state.pt, from which
-    `resume=True` goes on as if there had been no interruption (Run.load in hvae/run.py). Ctrl-C
-    and SIGTERM save the state first.
+    The folder `out` receives hvae.pt (the averaged model of the best held-out -ELBO), metrics.csv
+    (the history), loss.png, samples.png, and state.pt, from which `resume=True` goes on as if there
+    had been no interruption (Run.load in hvae/run.py). Ctrl-C and SIGTERM save the state first.
 
     Args:
         model: None is HVAE() for the data's images and texts.
