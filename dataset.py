@@ -285,12 +285,6 @@ class CaptchaFolder(Dataset):
         self.texts = [match_case(file.text, self.charset) for file in files]
         self.hashes = [file.hash for file in files]
         self.channels = channels or (1 if all(file.is_grey for file in files) else 3)
-        names = {self.name_of(path) for path in self.paths + self.skipped}
-        if missing := sorted(self.labels.keys() - names):
-            warnings.warn(
-                f"{root}/labels.csv: no images for {len(missing)} names, such as {missing[0]}",
-                stacklevel=2,
-            )
         self.lengths = None if text_length is None else self.count_lengths()
         if text_length is not None and charset is None:
             self.warn_of_default_charset(set("".join(file.text for file in files)))
@@ -308,12 +302,7 @@ class CaptchaFolder(Dataset):
     def read_files(self) -> list[ImageFile]:
         """The good images of the folder; others raise InputError, or are left out."""
         files, paths = [], find_images(self.root)
-        names = [self.name_of(path) for path in paths]
-        if self.labels and self.labels.keys().isdisjoint(names):
-            raise InputError(
-                f"{self.root}/labels.csv: no file is named {next(iter(self.labels))!r}, nor as in "
-                f"any other row; names are like {names[0]!r}"
-            )
+        self.check_labels({self.name_of(path) for path in paths})
         for path in tqdm(paths, desc="check", unit="image", delay=2):
             try:
                 text, image = self.read_text(path), read_image(path)
@@ -323,6 +312,20 @@ class CaptchaFolder(Dataset):
             digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
             files.append(ImageFile(path, text, digest, image.size[::-1], image.mode == "L"))
         return files
+
+    def check_labels(self, names: set[str]) -> None:
+        """Warns of rows of labels.csv that have no image; raises InputError if none has."""
+        missing = sorted(self.labels.keys() - names)
+        if missing and len(missing) == len(self.labels):
+            raise InputError(
+                f"{self.root}/labels.csv: no file is named {next(iter(self.labels))!r}, nor as in "
+                f"any other row; names are like {min(names)!r}"
+            )
+        if missing:
+            warnings.warn(
+                f"{self.root}/labels.csv: no images for {len(missing)} names, such as {missing[0]}",
+                stacklevel=4,
+            )
 
     def of_one_size(self, files: list[ImageFile]) -> list[ImageFile]:
         """The files of the commonest size, unless all are resized; others raise as above."""
@@ -359,8 +362,7 @@ class CaptchaFolder(Dataset):
             text = unicodedata.normalize("NFC", text.strip())
         source = "its text in labels.csv should be"
         if text is None:
-            start = name.rpartition("/")[2]
-            text = re.split(f"[{re.escape(SEPARATORS)}]", start, maxsplit=1)[0]
+            text = re.split(f"[{re.escape(SEPARATORS)}]", Path(name).name, maxsplit=1)[0]
             source = "its name should begin with"
         symbols = match_case(text, self.charset)
         fits = self.shortest <= len(symbols) <= self.text_length
