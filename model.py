@@ -124,7 +124,7 @@ class LevelTerms(NamedTuple):
 class Head(nn.Module):
     """Features (B, c_in, *size) -> the Gaussian of a latent (B, c_z, *size), in float32.
 
-    At the start mu is random, of size about `scale`, and logvar is near the number given.
+    At the start mu is random, of size about scale / 5, and logvar is near the number given.
     """
 
     def __init__(self, c_in: int, c: int, c_z: int, size: Size, logvar: float, scale: float = 1.0):
@@ -655,6 +655,9 @@ class HVAE(nn.Module):
         if x.dim() != 4 or tuple(x.shape[1:]) != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
             raise InputError(f"expected images (B, {expected}), got {tuple(x.shape)}")
+        if not x.is_floating_point() or ((x < 0) | (x > 1)).any():
+            found = f"{x.dtype} from {x.min().item():g} to {x.max().item():g}"
+            raise InputError(f"expected floating-point images in [0, 1], got {found}")
 
     def check_text(self, n: int, y: Tensor | None) -> None:
         if self.text_length is None:
@@ -677,7 +680,7 @@ class HVAE(nn.Module):
             part.eval()  # the statistics of batch normalisation stay as they are, too
         for part in (self.generation[0], self.to_image, self.context):
             if part is not None:
-                part.requires_grad_(True).train()
+                part.requires_grad_(True)
         if self.config["likelihood"] == "gaussian":
             self.log_sigma.requires_grad_(self.config["sigma"] is None)
 

@@ -750,8 +750,14 @@ def validate_data(model: HVAE, dataset: Dataset) -> None:
         raise InputError(
             f"the data's images are {tuple(image.shape)}, the model's {model.input_shape}"
         )
+    model.check_images(image[None])
     if model.text_length is None:
         return
+    if not isinstance(label, Tensor) or label.dim() != 1:
+        raise InputError(
+            f"the data's labels are no texts as indices ({model.text_length},), which the model "
+            "needs; text_length=None is the unconditional model"
+        )
     if len(label) != model.text_length:
         raise InputError(
             f"the data's texts have {len(label)} symbols, the model's {model.text_length}"

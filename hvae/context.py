@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hvae.distributions import Bernoulli, Gaussian, LogisticMixture, draw_noise
 from hvae.palette import PaletteNetwork, palette_of
+from hvae.validate import InputError
 
 BASES = 6  # that a mean starts from: left, above, a gradient, a blend, paper, ink
 CHUNK = 1 << 16  # pixels scored at once: bounds the memory
@@ -202,7 +203,16 @@ class Pixels:
         return self.guess.image
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """(B,) nats; of 8-bit images the bound of hvae/palette.py."""
+        """(B,) nats; of 8-bit images the bound of hvae/palette.py.
+
+        Raises:
+            ValueError: x is not a batch of such images.
+        """
+        shape = (len(self.parameters), self.network.channels, *self.size)
+        if tuple(x.shape) != shape:
+            raise InputError(f"expected images {shape}, got {tuple(x.shape)}")
+        if self.network.binary and ((x > 0) & (x < 1)).any():
+            raise InputError("expected pixels that are 0 or 1; see binarise")
         every = torch.arange(len(self.f), device=self.f.device)
         canvas, palette = self.canvas(x), self.palette(x)
         parts = [self.score(canvas, canvas, palette, i).sum(1) for i in every.split(CHUNK)]

@@ -777,6 +777,13 @@ def test_wrong_images(inference, shape):
             use(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("change", [lambda x: 2 * x - 1, lambda x: 255 * x, lambda x: x.byte()])
+def test_images_that_are_not_from_0_to_1(change):
+    model = tiny()
+    with pytest.raises(InputError, match=r"in \[0, 1\], got torch.*from"):
+        model(change(torch.ones(2, 1, 6, 8).tril()))
+
+
 @modes
 @pytest.mark.parametrize(
     "wrong, named",

@@ -366,6 +366,8 @@ def test_arguments_out_of_range(name, tmp_path):
         ({"input_channels": 3}, bars(), r"\(1, 8, 12\).*\(3, 8, 12\)"),
         ({"text_length": 2}, bars(), "1 symbols.*2"),
         ({"text_length": 1, "charset": "AB"}, bars(), "charset"),  # the texts go up to 3
+        ({}, [(2 * x - 1, y) for x, y in bars()], r"in \[0, 1\]"),
+        ({"text_length": 1}, [(x, int(y)) for x, y in bars()], "text_length=None"),
     ],
 )
 def test_data_that_do_not_fit_the_model(model, data, message, tmp_path):
