@@ -680,7 +680,7 @@ class HVAE(nn.Module):
             part.eval()  # the statistics of batch normalisation stay as they are, too
         for part in (self.generation[0], self.to_image, self.context):
             if part is not None:
-                part.requires_grad_(True)
+                part.requires_grad_(True).train()
         if self.config["likelihood"] == "gaussian":
             self.log_sigma.requires_grad_(self.config["sigma"] is None)
 

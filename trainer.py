@@ -417,7 +417,8 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     y = y.to(device, non_blocking=True) if model.text_length is not None else None
     closed = parallel.shard(hp.closed_at(run.step, len(model.levels))).to(device)
 
-    n = min(len(x), FROZEN_UPDATES) if run.is_frozen else 1
+    # parts have two images or more, as batch normalisation needs
+    n = max(1, min(len(x) // 2, FROZEN_UPDATES)) if run.is_frozen else 1
     texts = [None] * n if y is None else y.tensor_split(n)
     parts = zip(x.tensor_split(n), texts, closed.tensor_split(n), strict=True)
     rows = [update(run, *part) for part in parts]

@@ -281,6 +281,14 @@ def test_the_last_phase_leaves_latents_as_they_are(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_the_last_phase_has_parts_of_two_images_or_more(tmp_path):
+    """A map of 1x1 has one value for each image, and batch normalisation needs two."""
+    data = TensorDataset(torch.rand(40, 3, 8, 8), torch.zeros(40, 0))
+    outer = [("conv-bn", 4, 2)] * 3 + [("conv-bn", 4)]
+    model = HVAE(outer, [], (8, 8), text_length=None)
+    fit(tmp_path, model, data, batch_size=5, frozen_share=0.5)
+
+
 def test_the_schedules_of_both_phases():
     """The learning rate rises and falls in each; beta is 1 and levels are open in the last."""
     hp = Hyperparameters(steps=4000, frozen_share=0.25, lr=1.0)
