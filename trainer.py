@@ -754,7 +754,7 @@ def validate_data(model: HVAE, dataset: Dataset) -> None:
     model.check_images(image[None])
     if model.text_length is None:
         return
-    if not isinstance(label, Tensor) or label.dim() != 1:
+    if getattr(label, "ndim", None) != 1:  # of a tensor or an array
         raise InputError(
             f"the data's labels are no texts as indices ({model.text_length},), which the model "
             "needs; text_length=None is the unconditional model"

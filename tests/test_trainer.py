@@ -383,6 +383,11 @@ def test_data_that_do_not_fit_the_model(model, data, message, tmp_path):
         fit(tmp_path, tiny(**model), data)
 
 
+def test_texts_may_be_arrays(tmp_path):
+    data = [(x, y.numpy()) for x, y in bars()]
+    fit(tmp_path, tiny(text_length=1), data)
+
+
 @pytest.mark.parametrize(
     "shape, message", [((0, 1, 8, 12), "no images"), ((4, 1, 8, 8), r"\(1, 8, 8\)")]
 )
