@@ -62,6 +62,7 @@ from model import CONFIGS, HVAE, ELBOTerms, Level
 SHORT_RUN = 2_000  # steps
 FEW_IMAGES = 5_000  # so few are augmented by default
 CAPTCHA_VALUES = 3 * 60 * 160  # of the image for which the default of free_nats was found
+FEW_FREE_NATS = 7.0  # at most, of few images: with 40 the held-out -ELBO was worse
 FROZEN_PIXEL_WEIGHT = 0.3  # the least in the last phase, where latents have nothing to lose
 FROZEN_UPDATES = 4  # from each batch of the last phase: the context learns most from small ones
 VERSION = "2.2"  # of this code, written into every checkpoint
@@ -102,7 +103,8 @@ class Hyperparameters:
     free_nats: Sequence[float] | float | None = option(
         None,
         "KL in nats that costs nothing (free bits): of every level, or one each, z_1 first; "
-        "default: 40, and 80 for the top; fewer for small images; 0 in a short run",
+        "default: 40, and 80 for the top; fewer for small images; at most 7 and 14 for fewer than "
+        "5,000 images; 0 in a short run",
     )
     closed_levels: int | None = option(
         None,
@@ -206,6 +208,7 @@ class Hyperparameters:
         has_phase = model.context is not None and not binary and not self.is_short
         few = images < FEW_IMAGES and not binary
         nats = 0 if self.is_short else 40 * min(1, math.prod(model.input_shape) / CAPTCHA_VALUES)
+        nats = min(nats, FEW_FREE_NATS) if few else nats
         below_top = levels - 1 if model.top_down else 0
         self.fill(
             frozen_share=0.25 if has_phase else 0.0,

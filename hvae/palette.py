@@ -76,24 +76,28 @@ class PaletteNetwork(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(3 * features + k, self.width) for k in earlier)
         self.out = nn.ModuleList(nn.Linear(self.width, 3 * self.mixtures) for _ in earlier)
         for out in self.out:
-            nn.init.normal_(out.weight, std=1e-3)
-            nn.init.zeros_(out.bias)
-        self.set_quantiles(torch.linspace(0, 255, 64)[:, None].expand(-1, 3 * channels))
+            self.start_value(out, torch.linspace(0, 255, 64))
 
     def start_at(self, palettes: Tensor) -> None:
-        """Starts at the quantiles of palettes (N, 3, C), unless it is trained."""
-        if not self.out[0].bias[: self.mixtures].any():  # the constructor's weights of components
-            self.set_quantiles(palettes.flatten(1))
+        """Starts every value at its quantiles in palettes (N, 3, C), unless it is trained.
+
+        A value that all of them share starts anew even then, so that white paper is white at once:
+        a checkpoint to begin with knows other papers, and they are forgotten slowly.
+        """
+        is_trained = self.out[0].bias[: self.mixtures].any()  # components weigh the same at first
+        for out, levels in zip(self.out, palettes.flatten(1).T, strict=True):
+            if not is_trained or levels.amin() == levels.amax():
+                self.start_value(out, levels)
 
     @torch.no_grad()
-    def set_quantiles(self, levels: Tensor) -> None:
-        """Means at the quantiles of each column of levels (N, 3 C), and scales for their gaps."""
+    def start_value(self, out: nn.Linear, levels: Tensor) -> None:
+        """Means at the quantiles of levels (N,), and scales for their gaps."""
+        nn.init.normal_(out.weight, std=1e-4)
+        _, mean, log_scale = nn.init.zeros_(out.bias).chunk(3)
         middles = (torch.arange(self.mixtures, device=levels.device) + 0.5) / self.mixtures
-        gaps = (levels.amax(0) - levels.amin(0)) / self.mixtures
-        for out, column, gap in zip(self.out, levels.float().T, gaps, strict=True):
-            _, mean, log_scale = out.bias.chunk(3)
-            mean.copy_(column.quantile(middles) / 128 - 1)
-            log_scale.copy_((gap / 4).clamp(min=0.5).log())
+        mean.copy_(levels.float().quantile(middles) / 128 - 1)
+        gap = (levels.amax() - levels.amin()) / self.mixtures
+        log_scale.copy_((gap / 4).clamp(min=0.1).log())
 
     def log_prob(self, palette: Tensor, f: Tensor) -> Tensor:
         """(B,) nats, of palettes (B, 3, C)."""

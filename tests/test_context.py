@@ -1,5 +1,6 @@
 """p(x|z) with a context: causal and normalised given the palette, and drawn from exactly."""
 
+import copy
 from itertools import product
 
 import pytest
@@ -153,7 +154,8 @@ def test_draws_are_a_mixture_over_palettes():
     torch.manual_seed(0)
     net, levels = NarrowNetwork(1, (1, 1), 6, "logistic").double(), torch.arange(256) / 255
     p = net(torch.randn(1, net.features, 1, 2, dtype=torch.float64))
-    net.palette.set_quantiles(torch.tensor([220.0, 120, 20]) + torch.linspace(-20, 20, 64)[:, None])
+    palettes = torch.tensor([220.0, 120, 20]) + torch.linspace(-20, 20, 64)[:, None]
+    net.palette.start_at(palettes[:, :, None])
     for out in net.palette.out:
         torch.nn.init.normal_(out.weight, std=0.3)  # so that palettes depend on z
     generator = torch.Generator().manual_seed(0)
@@ -234,6 +236,20 @@ def test_palettes_start_at_those_of_the_data():
     weights = {k: w.clone() for k, w in trained.state_dict().items()}
     trained.start_palette_at(x)
     assert all(torch.equal(w, weights[k]) for k, w in trained.state_dict().items())
+
+
+def test_paper_that_all_images_share_is_known_at_once():
+    """Also to a network that was trained on other papers; what it knows of inks stays."""
+    net = network("logistic", trained=True)
+    before = copy.deepcopy(net.palette.out)
+    paper = torch.tensor([238.0, 238, 204]).view(1, 3, 1, 1)
+    ink = torch.randint(40, 60, (64, 3, 1, 1))
+    net.start_palette_at(torch.where(torch.arange(30).view(1, 1, 5, 6) < 6, ink, paper) / 255)
+    f = torch.randn(1000, net.features, 1, 1, dtype=torch.float64)
+    drawn = net.palette.sample(f, torch.rand(9, 2, 1000).double())[:, 0]
+    assert ((drawn - paper.view(1, 3)).abs() <= 3).all(1).double().mean() > 0.98
+    for out, old in zip(net.palette.out[3:], before[3:], strict=True):
+        assert torch.equal(out.weight, old.weight) and torch.equal(out.bias, old.bias)
 
 
 @pytest.mark.parametrize("likelihood, channels", KINDS)

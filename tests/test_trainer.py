@@ -836,6 +836,14 @@ def test_free_nats_by_default_are_fewer_for_small_images(c, h, w, share):
     assert hp.free_nats == pytest.approx([40 * share, 40 * share, 80 * share])
 
 
+@pytest.mark.parametrize("c, images, nats", [(3, 4_999, 7), (3, 5_000, 40), (1, 500, 40 / 6)])
+def test_free_nats_by_default_are_fewer_for_few_images(c, images, nats):
+    hp = Hyperparameters()
+    size = (60, 160) if c == 3 else (40, 120)
+    hp.fit_to(tiny(input_channels=c, input_size=size, inner_config=[[("res", 4)]]), images)
+    assert hp.free_nats == pytest.approx([nats, 2 * nats])
+
+
 def test_closed_level_takes_the_priors_mean():
     model, x, closed = tiny().eval(), bar_batch(4), torch.tensor([0, 1, 2, 0])
     _, levels = model.infer(x, None, closed)
