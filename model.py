@@ -688,7 +688,8 @@ class HVAE(nn.Module):
     def set_output_level(self, x: Tensor) -> None:
         """Sets the output bias and p(c|z), where they are untrained, from images x (B, C, H, W).
 
-        Images with numbers that are not finite are left out.
+        Colours that all images share begin anew even in a trained p(c|z). Images with numbers that
+        are not finite are left out.
         """
         x = x[x.isfinite().flatten(1).all(1)]
         if len(x) and not self.to_image.bias.any():  # the constructor's zeros

@@ -60,7 +60,7 @@ from hvae.validate import InputError, per_level, validate_int, validate_number
 from model import CONFIGS, HVAE, ELBOTerms, Level
 
 SHORT_RUN = 2_000  # steps
-FEW_IMAGES = 5_000  # so few are augmented by default
+FEW_IMAGES = 5_000  # fewer are augmented, and have fewer free nats, by default
 CAPTCHA_VALUES = 3 * 60 * 160  # of the image for which the default of free_nats was found
 FEW_FREE_NATS = 7.0  # at most, of few images: with 40 the held-out -ELBO was worse
 FROZEN_PIXEL_WEIGHT = 0.3  # the least in the last phase, where latents have nothing to lose
@@ -207,8 +207,9 @@ class Hyperparameters:
         binary = model.config["likelihood"] == "bernoulli"
         has_phase = model.context is not None and not binary and not self.is_short
         few = images < FEW_IMAGES and not binary
-        nats = 0 if self.is_short else 40 * min(1, math.prod(model.input_shape) / CAPTCHA_VALUES)
-        nats = min(nats, FEW_FREE_NATS) if few else nats
+        most = FEW_FREE_NATS if few else 40
+        size_share = math.prod(model.input_shape) / CAPTCHA_VALUES
+        nats = 0 if self.is_short else min(most, 40 * size_share)
         below_top = levels - 1 if model.top_down else 0
         self.fill(
             frozen_share=0.25 if has_phase else 0.0,

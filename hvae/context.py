@@ -92,7 +92,7 @@ class ContextNetwork(nn.Module):
         guess.start_at(bias[: self.channels], x)
 
     def start_palette_at(self, x: Tensor) -> None:
-        """Starts p(c|z), where it is untrained, at the palettes of images x."""
+        """Starts p(c|z) at the palettes of images x, see PaletteNetwork.start_at()."""
         if not self.binary:
             self.palette.start_at(palette_of(255 * x))
 
