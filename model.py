@@ -83,12 +83,12 @@ CONFIGS = {
     ),
     "mnist-hvae": dict(
         BINARY_DIGITS,
-        outer_config=[("conv", 32, 2), ("res", 32)],
+        outer_config=[("conv", 24), ("res", 24), ("conv", 48, 2), ("res", 48)],
         inner_config=[
             [("conv", 64, 2), ("res", 64)],
             [("res", 64)],
             [("res", 64)],
-            [("dense", 128)],
+            [("conv", 64, 2), ("dense", 128)],
         ],
         latent_channels=(2, 4, 4, 4, 32),
         flow=6,

@@ -277,7 +277,7 @@ TRAINING = {
         **LIKELIHOOD_FIRST,
         "free_nats": [0.0, 4.0, 4.0, 4.0, 4.0],
         "batch_size": 50,
-        "steps": 26_000,
+        "steps": 18_000,
         "binarise": True,
     },
 }
