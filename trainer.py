@@ -207,9 +207,9 @@ class Hyperparameters:
         binary = model.config["likelihood"] == "bernoulli"
         has_phase = model.context is not None and not binary and not self.is_short
         few = images < FEW_IMAGES and not binary
-        most = FEW_FREE_NATS if few else 40
-        size_share = math.prod(model.input_shape) / CAPTCHA_VALUES
-        nats = 0 if self.is_short else min(most, 40 * size_share)
+        nats_for_size = 40 * math.prod(model.input_shape) / CAPTCHA_VALUES
+        limit = FEW_FREE_NATS if few else 40
+        nats = 0 if self.is_short else min(limit, nats_for_size)
         below_top = levels - 1 if model.top_down else 0
         self.fill(
             frozen_share=0.25 if has_phase else 0.0,
@@ -502,10 +502,10 @@ def batch_means(terms: ELBOTerms, closed: Tensor) -> dict[str, float]:
     return {**row, **{f"kl_{l + 1}": value for l, value in enumerate(kl)}}
 
 
-def shifted(x: Tensor, most: int) -> Tensor:
+def shifted(x: Tensor, limit: int) -> Tensor:
     """Each image moved by up to so many pixels either way; new pixels repeat the border."""
     n, c, h, w = x.shape
-    move = lambda: torch.randint(-most, most + 1, (n, 1), device=x.device)
+    move = lambda: torch.randint(-limit, limit + 1, (n, 1), device=x.device)
     rows = (torch.arange(h, device=x.device) + move()).clamp(0, h - 1)
     columns = (torch.arange(w, device=x.device) + move()).clamp(0, w - 1)
     x = x.gather(2, rows[:, None, :, None].expand(n, c, h, w))
@@ -513,7 +513,7 @@ def shifted(x: Tensor, most: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def warped(x: Tensor, most: float) -> Tensor:
+def warped(x: Tensor, limit: float) -> Tensor:
     """Each 8-bit image bent smoothly: its points move by up to so many pixels.
 
     Points half a height apart move at random, and those between them follow. New pixels repeat
@@ -521,8 +521,8 @@ def warped(x: Tensor, most: float) -> Tensor:
     """
     n, _, h, w = x.shape
     points = (3, max(3, 1 + round(2 * w / h)))
-    move = most * (2 * torch.rand(n, 2, *points, device=x.device) - 1)
-    move = F.interpolate(move, (h, w), mode="bicubic", align_corners=True).clamp(-most, most)
+    move = limit * (2 * torch.rand(n, 2, *points, device=x.device) - 1)
+    move = F.interpolate(move, (h, w), mode="bicubic", align_corners=True).clamp(-limit, limit)
     rows, columns = (torch.arange(end, device=x.device) for end in (h, w))
     place = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # (2, H, W): x, then y
     size = torch.tensor([w, h], device=x.device)
