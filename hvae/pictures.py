@@ -1,5 +1,7 @@
 """Pictures as files: encoded in memory first, because Pillow hides write errors of JPEG files."""
 
+import math
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -35,6 +37,32 @@ def write_figure(figure: Figure, path: str | Path | None) -> Figure:
         figure.savefig(content, format=Path(path).suffix[1:], dpi=100)
         write_bytes(path, content)
     return figure
+
+
+def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Figure:
+    """Draws the loss and the KL of every level against images seen, into a file if given."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    columns = dict.fromkeys(name for row in history for name in row)
+
+    def curve(axis, rows: Sequence[dict], key: str, *style, **more) -> None:
+        seen = [row["images"] / 1000 for row in rows]
+        axis.plot(seen, [row.get(key, math.nan) for row in rows], *style, **more)
+
+    closed = "reconstruction, lower levels closed"
+    for key, label in [("neg_elbo", "training"), ("reconstruction_closed", closed)]:
+        if key in columns:
+            curve(left, history, key, label=label, linewidth=1)
+    held_out = [row for row in history if "val_neg_elbo" in row]
+    curve(left, held_out, "val_neg_elbo", "k.-", label="held out")
+    left.set(xlabel="thousand images seen", ylabel="-ELBO (nats per image)")
+    left.legend()
+    for key in columns:
+        if key.startswith("kl_"):
+            curve(right, history, key, label=f"z_{key[3:]}", linewidth=1)
+    right.set(xlabel="thousand images seen", ylabel="KL (nats per image)", yscale="log")
+    right.legend(ncols=2)
+    return write_figure(figure, path)
 
 
 def picture_format(path: str | Path) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from hvae.checkpoint import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
+from hvae.hyperparameters import Hyperparameters
 from hvae.optimizer import make_optimizers
 from hvae.parallel import data_parallel
 from hvae.text import possible_lengths
@@ -25,14 +26,19 @@ class Run:
 
     Args:
         model: an HVAE.
-        hp: its Hyperparameters, see trainer.py.
         device, bf16: where, and whether with bfloat16 autocast.
         description: of the data, for the checkpoint.
         images: in the training set.
     """
 
     def __init__(
-        self, model: nn.Module, hp, device: torch.device, bf16: bool, description, images: int
+        self,
+        model: nn.Module,
+        hp: Hyperparameters,
+        device: torch.device,
+        bf16: bool,
+        description,
+        images: int,
     ):
         self.model, self.hp = model.to(device).train(), hp
         if model.context is not None:

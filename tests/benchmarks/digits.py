@@ -24,8 +24,9 @@ from generate import held_out_images
 from hvae.cli import make_parser
 from hvae.context import ContextNetwork
 from hvae.distributions import binarised
+from hvae.hyperparameters import TRAINING
 from model import CONFIGS, HVAE, count_parameters
-from trainer import TRAINING, batches, evaluate, train
+from trainer import batches, evaluate, train
 
 ALL = CONFIGS["mnist-hvae"]
 BOTTOM, TOP = ALL["inner_config"][0], ALL["inner_config"][-1]
