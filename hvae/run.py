@@ -205,12 +205,12 @@ class GradientClipper:
     A hierarchical VAE's loss has rare, huge gradients, one of which can end a run (Child 2021,
     section 3.2). A step is skipped if the norm is not finite or 20 times the mean.
 
-    Norms above `most` count as `most`: on images unlike those that it knows, a model may begin with
-    a KL of a million nats and more, and AdamW, which divides by past gradients, would stand still.
+    Larger norms count as `ceiling`: on images unlike those that it knows, a model may begin with a
+    KL of a million nats and more, and AdamW, which divides by past gradients, would stand still.
     """
 
-    def __init__(self, most: float):
-        self.most = most
+    def __init__(self, ceiling: float):
+        self.ceiling = ceiling
         self.mean, self.last = 0.0, 0.0
         self.seen, self.skipped, self.skipped_in_a_row = 0, 0, 0
 
@@ -220,7 +220,7 @@ class GradientClipper:
 
     def __call__(self, model: nn.Module) -> bool:
         """Clips; True if the step should be taken."""
-        limit = min(self.mean or self.most, self.most)
+        limit = min(self.mean or self.ceiling, self.ceiling)
         self.last = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
         self.skipped_in_a_row = 0 if self.last_is_finite else self.skipped_in_a_row + 1
         if not self.last_is_finite or (self.seen > 300 and self.last > 20 * self.mean):
@@ -228,7 +228,7 @@ class GradientClipper:
             if self.last_is_finite:  # norms that stay high are accepted in the end
                 self.mean *= 1.02
             return False
-        norm = min(self.last, self.most)
+        norm = min(self.last, self.ceiling)
         new = 0.98 * self.mean + 0.02 * min(norm, 2 * self.mean)
         self.mean = new if self.mean else norm
         self.seen += 1
