@@ -86,11 +86,10 @@ CONFIGS = {
         outer_config=[("conv", 24), ("res", 24), ("conv", 48, 2), ("res", 48)],
         inner_config=[
             [("conv", 64, 2), ("res", 64)],
-            [("res", 64)],
-            [("res", 64)],
+            *[[("res", 64)]] * 4,
             [("conv", 64, 2), ("dense", 128)],
         ],
-        latent_channels=(2, 4, 4, 4, 32),
+        latent_channels=(2, 4, 4, 4, 4, 4, 32),
         flow=6,
         context=(3, 3),
     ),

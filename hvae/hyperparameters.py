@@ -225,9 +225,9 @@ TRAINING = {
     "mnist-vae": {**LIKELIHOOD_FIRST, "batch_size": 100, "steps": 5_000},
     "mnist-hvae": {
         **LIKELIHOOD_FIRST,
-        "free_nats": [0.0, 4.0, 4.0, 4.0, 4.0],
+        "free_nats": [0.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0],
         "batch_size": 50,
-        "steps": 18_000,
+        "steps": 22_000,
         "binarise": True,
     },
 }

@@ -92,7 +92,7 @@ def main() -> None:
             continue
         torch.manual_seed(0)
         model, start = HVAE(**{**ALL, **change}), time.time()
-        settings = {**TRAINING["mnist-hvae"], "free_nats": [0.0] + [4.0] * (len(model.levels) - 1)}
+        settings = {**TRAINING["mnist-hvae"], "free_nats": [0.0] + [3.0] * (len(model.levels) - 1)}
         settings.update(more, steps=args.steps, eval_every=args.steps)
         with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):
             model, _ = train(model, data, out=out, **settings)
