@@ -92,8 +92,9 @@ def main() -> None:
             continue
         torch.manual_seed(0)
         model, start = HVAE(**{**ALL, **change}), time.time()
-        settings = {**TRAINING["mnist-hvae"], "free_nats": [0.0] + [3.0] * (len(model.levels) - 1)}
-        settings.update(more, steps=args.steps, eval_every=args.steps)
+        settings = {**TRAINING["mnist-hvae"], **more, "steps": args.steps, "eval_every": args.steps}
+        lowest, others, *_ = settings["free_nats"]
+        settings["free_nats"] = [lowest] + [others] * (len(model.levels) - 1)
         with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):
             model, _ = train(model, data, out=out, **settings)
         minutes = (time.time() - start) / 60
