@@ -35,7 +35,6 @@ from hvae.blocks import (
     Size,
     group_norm,
     mirror,
-    pixels,
     plan,
     project,
 )
@@ -215,7 +214,7 @@ class Level(nn.Module):
         self.from_z = project(c_z, c_out, size)
         if top_down:
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
-        # at the end: the state of a run keeps its optimizers' numbers in the order of parameters
+        # registered last: a run's state lists the optimizers' moments in the order of parameters
         self.window, self.prior_features, self.flow = window, prior_features, flow
 
     def prior(self, h: Tensor, y: Tensor | None = None) -> Prior:
@@ -324,8 +323,11 @@ class HVAE(nn.Module):
             self.h_top = nn.Parameter(0.1 * torch.randn(1, widths[-1], *sizes[-1]))
         else:  # inference reads z_l, not features
             self.stems = nn.ModuleList(project(c_z[l], widths[l], sizes[l]) for l in range(L - 1))
-        if text_length is not None:
-            self.add_text_inputs(widths[-1], sizes)
+        if text_length is not None:  # it enters after each z_l, and in a ladder's first features
+            text = lambda c, size: TextInput(c, size, text_length, len(charset))
+            self.texts = nn.ModuleList(map(text, [level.c_out for level in self.levels], sizes))
+            if self.top_down:
+                self.text_top = text(widths[-1], sizes[-1])
         self.context = None
         if context is not None:
             self.context = ContextNetwork(input_channels, context, mixtures, likelihood)
@@ -350,7 +352,7 @@ class HVAE(nn.Module):
             window = features = flow = None
             if top and couplings:
                 flow = Flow(c_z[l], couplings)
-            has_earlier = pixels(sizes[l]) > 1  # positions of the map
+            has_earlier = math.prod(sizes[l]) > 1  # positions of the map
             if prior_context and has_earlier and (self.top_down or not top):
                 window = WindowNetwork(c_z[l], c_h, prior_context)
                 if not top and not sizes[l + 1]:
@@ -358,18 +360,6 @@ class HVAE(nn.Module):
             shape = (c_z[l], *sizes[l])
             level = Level(widths[l], c_h, c_out, shape, top, self.top_down, window, features, flow)
             self.levels.append(level)
-
-    def add_text_inputs(self, c_top: int, sizes: Sequence[Size]) -> None:
-        """Where the text enters: after z_l at every level, and into a ladder's first features.
-
-        It also enters the PriorFeatures of a map below a vector.
-        """
-        text = lambda c, size: TextInput(c, size, self.text_length, len(self.charset))
-        self.texts = nn.ModuleList(
-            text(level.c_out, size) for level, size in zip(self.levels, sizes, strict=True)
-        )
-        if self.top_down:
-            self.text_top = text(c_top, sizes[-1])
 
     def plan_blocks(self) -> tuple[list[list[Layer]], list[list[Layer]], Layer]:
         """Plans of the inference and generation blocks, level 1 first, and of the output map."""

@@ -9,11 +9,13 @@ Most weights fit as they are. These change shape, so that each layer computes ab
     texts                 the places that both lengths have
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvae.blocks import Block, Layer, Size, pixels
+from hvae.blocks import Block, Layer, Size
 
 
 def adapted(model: nn.Module, **changes) -> tuple[nn.Module, list[str]]:
@@ -100,7 +102,7 @@ def fitted_context(old: nn.Module) -> dict[str, Tensor]:
 def fitted_dense(named: dict[str, Tensor], before: Layer, after: Layer) -> dict[str, Tensor]:
     """A map of another size is summed over as many positions as it has."""
     weight = named["1.weight"].unflatten(1, (before.c_in, *before.size_in))
-    share = pixels(before.size_in) / pixels(after.size_in)
+    share = math.prod(before.size_in) / math.prod(after.size_in)
     return {**named, "1.weight": share * stretched(weight, after.size_in).flatten(1)}
 
 

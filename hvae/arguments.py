@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
-from hvae.blocks import Size, pixels
+from hvae.blocks import Size
 from hvae.distributions import LIKELIHOODS
 from hvae.validate import (
     InputError,
@@ -38,7 +38,7 @@ def latent_width(c: int, size: Size) -> int:
     """
     if not size:
         return max(1, c // 2)
-    return max(1, min(c, round(50 / pixels(size) ** 0.5)))
+    return max(1, min(c, round(50 / math.prod(size) ** 0.5)))
 
 
 def channels_per_level(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hvae.validate import MAX_PIXELS, InputError, is_int
 
-Size = tuple[int, ...]  # (H, W) of a feature map, () for a vector
+Size = tuple[int, ...]  # (H, W) of a feature map, () for a vector, whose product is 1
 
 MIRROR = {
     "conv": "convt",
@@ -127,10 +127,10 @@ class Planner:
             layer = layer._replace(c_out=arg, size_out=())
         else:
             layer = self.skip(layer, arg)
-        if pixels(layer.size_out) > MAX_PIXELS:
+        if math.prod(layer.size_out) > MAX_PIXELS:
             raise InputError(f"its map would have more than {MAX_PIXELS:,} pixels")
         if kind == "dense":
-            inputs = layer.c_in * pixels(layer.size_in)
+            inputs = layer.c_in * math.prod(layer.size_in)
         else:  # 3x3 convolutions
             inputs = 9 * max(layer.c_in + layer.c_skip, layer.c_out)
         if inputs * layer.c_out > MAX_WEIGHTS:
@@ -204,11 +204,6 @@ def mirror(layers: Sequence[Layer]) -> list[Layer]:
     ]
 
 
-def pixels(size: Size) -> int:
-    """Positions of a map of this size; 1 for a vector."""
-    return math.prod(size)
-
-
 def show(size: Size) -> str:
     return "x".join(map(str, size))
 
@@ -261,10 +256,10 @@ def build(layer: Layer) -> nn.Module:
     if layer.kind == "upsample":
         return nn.Upsample(size=layer.size_out)
     if layer.kind == "dense":
-        linear = nn.Linear(layer.c_in * pixels(layer.size_in), layer.c_out)
+        linear = nn.Linear(layer.c_in * math.prod(layer.size_in), layer.c_out)
         return nn.Sequential(nn.Flatten(), linear, nn.SiLU())
     if layer.kind == "undense":
-        linear = nn.Linear(layer.c_in, layer.c_out * pixels(layer.size_out))
+        linear = nn.Linear(layer.c_in, layer.c_out * math.prod(layer.size_out))
         return nn.Sequential(linear, nn.SiLU(), nn.Unflatten(1, (layer.c_out, *layer.size_out)))
     if layer.kind == "skip-down":
         return nn.Conv2d(layer.c_in + layer.c_skip, layer.c_out, 1)
@@ -309,9 +304,9 @@ class Res(nn.Module):
 
 def group_norm(groups: int, c: int, size: Size) -> nn.Module:
     """Group normalisation, of no group with a single value, which it would set to 0."""
-    if c * pixels(size) == 1:
+    if c * math.prod(size) == 1:
         return nn.Identity()
-    return nn.GroupNorm(1 if c * pixels(size) == groups else groups, c)
+    return nn.GroupNorm(1 if c * math.prod(size) == groups else groups, c)
 
 
 def project(c_in: int, c_out: int, size: Size) -> nn.Module:

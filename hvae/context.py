@@ -111,7 +111,7 @@ class ContextNetwork(nn.Module):
             differences = window - left
             h = self.trunk(torch.cat([root(differences), left / 64 - 3]), f)
             return self.logistics(h, window, channel_products(differences), x, noise)
-        # zeros where 8-bit pixels give the left one's level, which a binary window contains
+        # from_window has a place for the left pixel's level, which a binary window holds already
         h = self.trunk(torch.cat([window, torch.zeros_like(left)]), f)
         logit = (self.out(h).to(window) + f[:, : self.channels].to(window)).T
         if x is None:

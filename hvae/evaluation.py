@@ -58,7 +58,7 @@ def evaluate(
     elbo, reconstruction, *kl = torch.cat(rows).mean(0).tolist()
     bounds = {k: torch.cat([b[k] for b in bounds]).mean().item() for k in bounds[0]}
     log_likelihood = bounds[importance_samples]
-    bound = elbo if importance_samples == 1 else log_likelihood  # of one draw, it is noisier
+    bound = elbo if importance_samples == 1 else log_likelihood  # of one draw, the noisier one
     bits = -bound / (math.prod(model.input_shape) * math.log(2))
     return {
         "elbo": elbo,

@@ -47,7 +47,7 @@ class Hyperparameters:
     )
     beta_steps: int | None = option(
         None,
-        "steps over which beta goes to 1; default, and at most: 0.7 of those before the last phase",
+        "steps over which beta goes to 1; default and maximum: 0.7 of those before the last phase",
         1,
     )
     free_nats: Sequence[float] | float | None = option(

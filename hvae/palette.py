@@ -24,9 +24,8 @@ def palette_of(x: Tensor) -> Tensor:
     Paper is each channel's commonest level in the span that has the most pixels: where paper is
     uneven, an even ink can have the commonest level of all. The deepest colour is the commonest
     level of the pixels that are farthest from the paper. Ink is the commonest level of those that
-    are clearly not paper. Only the deepest colour's side of the paper counts, because uneven paper
-    has pixels far off on the other. As channels are counted one by one, a colour may be that of no
-    pixel.
+    are clearly not paper, on the deepest colour's side of it: uneven paper has far pixels on the
+    other side, too. As channels are counted one by one, a colour may be that of no pixel.
     """
     levels = x.flatten(2).nan_to_num().round().clamp(0, LEVELS - 1).long()
     paper = commonest(levels, is_near_most(levels))

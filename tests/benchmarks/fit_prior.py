@@ -8,8 +8,7 @@ renders, or a folder.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -102,16 +101,19 @@ def prior_loss(top: Level, below: Level | None, rows: dict[str, Tensor]) -> Tens
 def encode(model: HVAE, loader: DataLoader) -> dict[str, Tensor]:
     """What prior_loss() needs, a row for each image: q, and of the map its h, base and text."""
     device, below, batches = model.device, map_below_vector(model), []
+    k = len(model.levels) - 1 if below is None else list(model.levels).index(below)
     for x, y in tqdm(loader, desc="encode", unit="batch", dynamic_ncols=True, mininterval=1):
         x = binarised(x) if model.binarised else x
         y = y.to(device) if model.text_length is not None else None
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
-        with autocast, inputs_of(below and below.prior_features) as inputs:
+        with autocast:
             _, levels = model.infer(x.to(device), y)
+            h = model.start(len(x), y)
+            for l in reversed(range(k + 1, len(levels))):
+                h = model.descend(l, h, levels[l].z, y)
         rows = {"top_mu": levels[-1].q.mu, "top_logvar": levels[-1].q.logvar}
         if below is not None:
-            q, p, *_ = levels[list(model.levels).index(below)]
-            h, y = inputs[0]
+            q, p, *_ = levels[k]
             rows.update(below_mu=q.mu, below_logvar=q.logvar, h=h.half())
             rows.update(base_mu=p.base.mu, base_logvar=p.base.logvar)
             rows.update({} if y is None else {"y": y})
@@ -121,17 +123,6 @@ def encode(model: HVAE, loader: DataLoader) -> dict[str, Tensor]:
             raise FloatingPointError(f"q(z|x) is not finite for one of the first {n} images")
     names = list(batches[0])
     return {name: torch.cat([rows.pop(name) for rows in batches]) for name in names}
-
-
-@contextmanager
-def inputs_of(module: nn.Module | None) -> Iterator[list[tuple]]:
-    """The arguments of every call of a module within the block."""
-    inputs: list[tuple] = []
-    if module is None:
-        yield inputs
-        return
-    with module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments)):
-        yield inputs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 
-here = Path(__file__).resolve().parent
-sys.path[:0] = [str(here.parents[1]), str(here)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from speed import rate, step_of  # noqa: E402
+from speed import rate, step_of
 
-from hvae.parallel import keep_memory, pick_device  # noqa: E402
-from model import HVAE, INNER_CONFIG, count_parameters  # noqa: E402
+from hvae.parallel import keep_memory, pick_device
+from model import HVAE, INNER_CONFIG, count_parameters
 
 CASES = [
     *[dict(batch=n) for n in (1, 8, 32, 128)],
@@ -31,35 +30,25 @@ CASES = [
 ]
 
 
-def build(size: tuple[int, int], levels: int, device: torch.device) -> HVAE:
-    """HVAE() with as many 8x20 levels as it takes; the 4x10 map and the vector stay on top."""
-    inner = [INNER_CONFIG[0]] * (levels - 3) + INNER_CONFIG[2:]
-    return HVAE(input_size=size, inner_config=inner).to(device)
-
-
-def training(
-    size: tuple[int, int], batch: int, levels: int, device: torch.device, seconds: float
+def measure(
+    work: str,
+    size: tuple[int, int],
+    batch: int,
+    levels: int,
+    device: torch.device,
+    seconds: float,
 ) -> tuple[float, float, int]:
-    """(peak, images/s, parameters), the averaged weights and the optimiser's included."""
-    model = build(size, levels, device)
-    step = step_of(model, device, batch)
-    return *peak_and_rate(step, batch, device, seconds), count_parameters(model)
+    """(megabytes at the peak, images/s, parameters) of work, "training" or "sampling".
 
-
-def sampling(
-    size: tuple[int, int], batch: int, levels: int, device: torch.device, seconds: float
-) -> tuple[float, float]:
-    """(peak, images/s)"""
-    model = build(size, levels, device).eval()
-    return peak_and_rate(lambda: model.sample(batch).cpu(), batch, device, seconds)
-
-
-def peak_and_rate(
-    work: Callable[[], None], batch: int, device: torch.device, seconds: float
-) -> tuple[float, float]:
+    HVAE() gets as many 8x20 levels as it takes; the 4x10 map and the vector stay on top.
+    """
+    inner = [INNER_CONFIG[0]] * (levels - 3) + INNER_CONFIG[2:]
+    model = HVAE(input_size=size, inner_config=inner).to(device).eval()
+    sample = lambda: model.sample(batch).cpu()
+    step = step_of(model, device, batch) if work == "training" else sample
     keep_memory()
-    per_second = rate(batch, work, seconds)
-    return peak(device), per_second
+    per_second = rate(batch, step, seconds)
+    return peak(device), per_second, count_parameters(model)
 
 
 def peak(device: torch.device) -> float:
@@ -87,8 +76,8 @@ def main() -> None:
     for case in CASES:
         (h, w), batch, levels = ({"size": (60, 160), "batch": 32, "levels": 5} | case).values()
         what = ((h, w), batch, levels, device, args.seconds)
-        trained, training_rate, parameters = alone(training, *what)
-        sampled, sampling_rate = alone(sampling, *what)
+        trained, training_rate, parameters = alone(measure, "training", *what)
+        sampled, sampling_rate, _ = alone(measure, "sampling", *what)
         print(
             f"  {h:3d}x{w:<3d}  {levels:6d}  {batch:5d}  {parameters:10,d}"
             f"  {trained:6.0f} MB {1000 / training_rate:7.1f} ms/image"

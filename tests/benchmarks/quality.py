@@ -32,7 +32,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from reader import (
     Kind,
@@ -48,6 +47,7 @@ from tqdm import tqdm
 
 from dataset import random_stream, render
 from generate import CHECKPOINTS, SampleBatches, draw_texts, held_out_images
+from hvae.cli import make_parser
 from hvae.parallel import keep_memory, pick_device
 from model import HVAE
 from trainer import evaluate
@@ -165,32 +165,27 @@ def truth(draw: Draw, reader: Reader, model: HVAE, n: int, reference: Tensor) ->
     }
 
 
-def use(draw: Draw, real: Tensor, real_texts: Sequence[str], test, model: HVAE, args) -> dict:
-    """What samples teach a reader, and how well a classifier tells them from renders."""
-    images, y = draw(real_texts, "train"), labels(real_texts, model)
-    kind = kind_of(model)
-    read = lambda batches, name: accuracy(fit_reader(batches, args.steps, name, kind), *test)
-    figures = {}
-    figures["CAS symbols"], figures["CAS texts"] = read(shuffled(images, y), "samples")
-    for n in FEW:
-        both = balanced([(real[:n], y[:n]), (images, y)])
-        _, figures[f"texts, {n} renders and samples"] = read(both, f"{n} and samples")
-    other = draw(draw_texts(model, args.n_two, None, seed=4), "two-sample")
-    figures["C2ST"], figures["C2ST +-"] = two_sample_test(
-        other, real[: len(other)], args.steps // 2
-    )
-    return figures
+def use(
+    images: Tensor,
+    real: Tensor,
+    y: Tensor,
+    test: tuple[Tensor, Tensor],
+    kind: Kind,
+    steps: int,
+) -> dict[str, float]:
+    """What images of texts y teach a reader: alone, and beside the first few of `real`, renders.
 
-
-def use_of_renders(real: Tensor, real_texts: Sequence[str], test, model: HVAE, args) -> dict:
-    """The same for renders themselves."""
-    y, kind = labels(real_texts, model), kind_of(model)
-    first = lambda n: shuffled(real[:n], y[:n])
-    read = lambda n, name: accuracy(fit_reader(first(n), args.steps, name, kind), *test)
+    If the images are `real` themselves, the few are alone.
+    """
+    read = lambda batches, name: accuracy(fit_reader(batches, steps, name, kind), *test)
     figures = {}
-    figures["CAS symbols"], figures["CAS texts"] = read(len(real), "renders")
+    figures["CAS symbols"], figures["CAS texts"] = read(shuffled(images, y), "CAS")
     for n in FEW:
-        _, figures[f"texts, {n} renders"] = read(n, f"{n} renders")
+        few, name = (real[:n], y[:n]), f"{n} renders"
+        if images is not real:
+            name += " and samples"
+        batches = shuffled(*few) if images is real else balanced([few, (images, y)])
+        _, figures[f"texts, {name}"] = read(batches, name)
     return figures
 
 
@@ -221,9 +216,7 @@ def plot_curve(images_seen: Sequence[int], rows: Sequence[dict], real: dict, pat
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = make_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("checkpoints", nargs="*", default=[str(CHECKPOINTS["captcha"])])
     add("--temperature", type=float, default=1.0, help="times the priors' noise")
@@ -248,10 +241,11 @@ def main() -> None:
     columns = {"renders": truth(draw_renders, reader, model, args.n, reference)}
     if not args.curve:
         real_texts = draw_texts(model, args.n_train, None, seed=2)
-        real = draw_renders(real_texts, "train")
+        real, y = draw_renders(real_texts, "train"), labels(real_texts, model)
         test_texts = draw_texts(model, 2 * args.n, None, seed=3)
         test = draw_renders(test_texts, "test"), labels(test_texts, model)
-        columns["renders"].update(use_of_renders(real, real_texts, test, model, args))
+        kind = kind_of(model)
+        columns["renders"].update(use(real, real, y, test, kind, args.steps))
     for path, model in models.items():
         draw = samples_of(model, args.temperature)
         columns[path] = truth(draw, reader, model, args.n, reference)
@@ -260,7 +254,11 @@ def main() -> None:
         if metrics["bits_per_dim"] is not None:
             columns[path]["bits/dim"] = metrics["bits_per_dim"]
         if not args.curve:
-            columns[path].update(use(draw, real, real_texts, test, model, args))
+            samples = draw(real_texts, "train")
+            columns[path].update(use(samples, real, y, test, kind, args.steps))
+            samples = draw(draw_texts(model, args.n_two, None, seed=4), "two-sample")
+            p, half = two_sample_test(samples, real[: len(samples)], args.steps // 2)
+            columns[path].update({"C2ST": p, "C2ST +-": half})
     print(f"T = {args.temperature:g}")
     print_table(columns)
     if args.curve:

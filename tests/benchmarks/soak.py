@@ -45,20 +45,16 @@ def start(out: Path, steps: int, eval_every: int) -> subprocess.Popen:
     )
 
 
-def run_to_the_end(out: Path, steps: int, eval_every: int) -> None:
-    process = start(out, steps, eval_every)
-    _, errors = process.communicate()
-    if process.returncode:
-        sys.exit(f"the run ended with status {process.returncode}:\n{errors[-2000:]}")
+def run(out: Path, steps: int, eval_every: int, longest: float | None = None) -> Counter:
+    """Runs to the end; returns how often which signal ended the process on the way.
 
-
-def run_with_interruptions(out: Path, steps: int, eval_every: int, longest: float) -> Counter:
-    """Runs to the end; returns how often which signal ended the process on the way."""
+    `longest` limits the seconds from a start to a signal; None sends none.
+    """
     sent = Counter()
     while True:
         process = start(out, steps, eval_every)
         try:
-            _, errors = process.communicate(timeout=random.uniform(1, longest))
+            _, errors = process.communicate(timeout=longest and random.uniform(1, longest))
         except subprocess.TimeoutExpired:
             number = random.choice(SIGNALS)
             send(process, number)
@@ -84,7 +80,7 @@ def choose_schedule(folder: Path, minutes: float) -> tuple[int, int]:
     seconds = []
     for steps in (60, 260):
         begin = time.time()
-        run_to_the_end(folder / f"probe{steps}", steps, steps)
+        run(folder / f"probe{steps}", steps, steps)
         seconds.append(time.time() - begin)
     per_step = max(0.001, (seconds[1] - seconds[0]) / 200)
     steps, eval_every = max(200, int(60 * minutes / per_step)), max(20, int(15 / per_step))
@@ -115,9 +111,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         schedule = choose_schedule(Path(folder), args.minutes)
         unbroken, interrupted = Path(folder) / "unbroken", Path(folder) / "interrupted"
-        run_to_the_end(unbroken, *schedule)
+        run(unbroken, *schedule)
         print("the unbroken run is done", flush=True)
-        sent = run_with_interruptions(interrupted, *schedule, args.longest)
+        sent = run(interrupted, *schedule, args.longest)
         different = differences(unbroken, interrupted)
         print(f"signals: {dict(sent)}; different in the end: {different or 'nothing'}")
         sys.exit(1 if different else 0)

@@ -18,19 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import CaptchaDataset  # noqa: E402
-from generate import BATCH, SampleBatches  # noqa: E402
-from hvae.parallel import has_bf16, keep_memory, pick_device  # noqa: E402
-from hvae.run import Run  # noqa: E402
-from model import HVAE, WITHOUT_WINDOWS  # noqa: E402
-from trainer import Hyperparameters, training_step  # noqa: E402
+from dataset import CaptchaDataset
+from generate import BATCH, SampleBatches
+from hvae.parallel import has_bf16, keep_memory, pick_device
+from hvae.run import Run
+from model import HVAE
+from trainer import Hyperparameters, training_step
 
 # bfloat16 TFLOP/s without sparsity, from the data sheets
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "L4": 121}
-CHAIN_OUTER = [("conv-bn", 32), ("pool", 2), ("conv-bn", 64), ("pool", 2), ("conv-bn", 64)]
-U_NET = [("conv-bn", 32), ("skip-up", 0), ("pool", 2), ("conv-bn", 64), ("skip-up", 1)]
-U_NET += [("pool", 2), ("conv-bn", 64), ("conv-bn", 64), ("upsample", 2), ("skip-down", 1)]
-U_NET += [("conv-bn", 32), ("upsample", 2), ("skip-down", 0), ("conv-bn", 1)]
 
 
 def rate(images: int, work: Callable[[], None], seconds: float = 8.0) -> float:
@@ -82,31 +78,17 @@ def main() -> None:
     data = CaptchaDataset(1_000_000)
     rendering = rate(batch, lambda: [data[i] for i in range(batch)], args.seconds)
     print(f"rendering, one process              {rendering:8.0f} images/s")
-    models = {
-        "HVAE()": HVAE(),
-        "a plain chain of two levels": HVAE(
-            CHAIN_OUTER,
-            [U_NET],
-            latent_channels=1,
-            inference="bottom-up",
-            likelihood="gaussian",
-            **WITHOUT_WINDOWS,
-            text_length=None,
-        ),
-    }
-    for name, model in models.items():
-        model.to(device)
-        sampling = rate(batch, lambda m=model: m.eval().sample(batch).cpu(), args.seconds)
-        print(f"sampling, {name:27s}  {sampling:8.0f} images/s")
-        if device.type == "cpu":
-            a_set = SampleBatches(model, 2 * BATCH * torch.get_num_threads())
-            sampling = rate(a_set.n, lambda s=a_set: list(s.by_all_cores()), args.seconds)
-            print(f"· a set, by a process on each core {sampling:8.0f} images/s")
-        step = step_of(model, device, batch)
-        training, work = rate(batch, step, args.seconds), flops(step) / batch
-        print(
-            f"training, {name:27s}  {training:8.0f} images/s {throughput(training * work, device)}"
-        )
+    model = HVAE().to(device)
+    sampling = rate(batch, lambda: model.eval().sample(batch).cpu(), args.seconds)
+    print(f"sampling, HVAE()                    {sampling:8.0f} images/s")
+    if device.type == "cpu":
+        a_set = SampleBatches(model, 2 * BATCH * torch.get_num_threads())
+        sampling = rate(a_set.n, lambda: list(a_set.by_all_cores()), args.seconds)
+        print(f"· a set, by a process on each core  {sampling:8.0f} images/s")
+    step = step_of(model, device, batch)
+    training, work = rate(batch, step, args.seconds), flops(step) / batch
+    speed = throughput(training * work, device)
+    print(f"training, HVAE()                    {training:8.0f} images/s {speed}")
 
 
 if __name__ == "__main__":
