@@ -13,6 +13,7 @@ import copy
 import csv
 import hashlib
 import math
+import operator
 import os
 import random
 import re
@@ -40,7 +41,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from hvae.cli import make_parser, one_line_errors, path_argument
-from hvae.pictures import write_image
+from hvae.pictures import check_picture, write_image
 from hvae.text import DIGITS, UPPERCASE, decode_text, encode_text, match_case, span
 from hvae.validate import (
     InputError,
@@ -173,7 +174,8 @@ class CaptchaDataset(Dataset):
         return self.size
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        stream = random_stream(self.seed, self.split, range(self.size)[i])  # or IndexError
+        i = range(self.size)[operator.index(i)]  # or IndexError
+        stream = random_stream(self.seed, self.split, i)
         length = self.text_length
         if self.shortest is not None:
             length = stream.randint(self.shortest, length)
@@ -367,7 +369,8 @@ class CaptchaFolder(Dataset):
         symbols = match_case(text, self.charset)
         fits = self.shortest <= len(symbols) <= self.text_length
         if not (fits and set(symbols) <= set(self.charset)):
-            expected = f"{span([self.shortest, self.text_length])} symbols of {self.charset}"
+            lengths = range(self.shortest, self.text_length + 1)
+            expected = f"{span(lengths)} symbols of {self.charset}"
             raise InputError(f"{path}: {source} {expected}, got {text!r}")
         return text
 
@@ -460,13 +463,24 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def find_images(root: Path) -> list[Path]:
-    """The files under a folder that have an image's extension, sorted by path, none hidden."""
+    """The files under a folder that have an image's extension, sorted by path, none hidden.
+
+    Linked folders count, too, each once.
+    """
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder")
     if not root.is_dir():
         raise InputError(f"{root}: not a folder")
     extensions = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
-    paths = [path for path in root.rglob("*") if path.suffix.lower() in extensions]
+    paths, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()  # or a link to a folder above would lead round and round
+            continue
+        seen.add(real)
+        folders.sort()
+        paths += [Path(folder, name) for name in names]
+    paths = [path for path in paths if path.suffix.lower() in extensions]
     is_hidden = lambda path: any(part.startswith(".") for part in path.relative_to(root).parts)
     paths = [path for path in paths if path.is_file() and not is_hidden(path)]
     if not paths:
@@ -638,6 +652,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         validate_int("--n", args.n, 1)
         look = (args.size, args.length, args.charset, args.seed, args.fonts)
         dataset = CaptchaDataset(args.n, args.split, *look, shortest=args.shortest)
+        if not args.export:
+            check_picture(args.out)
         if args.export:
             export(dataset, args.export)
         else:

@@ -10,6 +10,7 @@ functions return matplotlib figures, for notebooks; `path` also writes them to a
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from hvae.checkpoint import write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import DiagonalGaussian, binarised
 from hvae.parallel import keep_memory, pick_device
-from hvae.pictures import picture_format, write_figure, write_image
+from hvae.pictures import check_picture, shown, write_figure, write_image
 from hvae.text import decode_text
 from hvae.validate import InputError, validate_int, validate_number
 from model import HVAE
@@ -132,11 +133,13 @@ def sample_sheet(
         ValueError: n < 1 or above SHEET, a bad temperature, or a text the model cannot draw.
     """
     validate_int("n", n, 1)
+    if captions and model.text_length is None:
+        raise InputError("captions: this model is unconditional, its samples have no texts")
     if n > SHEET:
         raise InputError(f"n: a sheet holds at most {SHEET} images, got {n}; see --individual")
     batches = SampleBatches(model, n, text, temperature, seed)
     images = [captioned(*batch) if captions else batch[0] for batch in batches]
-    return make_grid(torch.cat(images), columns or columns_for(model), pad_value=1)
+    return make_grid(shown(torch.cat(images)), columns or columns_for(model), pad_value=1)
 
 
 def captioned(images: Tensor, texts: Sequence[str]) -> Tensor:
@@ -219,7 +222,7 @@ def plot_rows(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(rows), n, squeeze=False)
     for row, images in enumerate(rows):
-        images = images.permute(0, 2, 3, 1).squeeze(-1).float().cpu().clamp(0, 1).numpy()
+        images = shown(images).permute(0, 2, 3, 1).squeeze(-1).float().cpu().clamp(0, 1).numpy()
         for axis, image in zip(axes[row], images, strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
@@ -499,8 +502,10 @@ def folder_images(
         shortest=model.possible_lengths[0] if model.text_length else 1,
     )
     limit = len(images) if limit is None else limit
-    is_copy = images.description["content"] == origin.get("content")
-    return images.other_split("test" if is_path or is_copy else None, limit)
+    is_known = is_path or images.description["content"] == origin.get("content")
+    if is_known and "subset" in origin:
+        warnings.warn(f"{folder}: the model may have seen these images in a Subset", stacklevel=3)
+    return images.other_split("test" if is_known else None, limit)
 
 
 def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
@@ -508,7 +513,8 @@ def save_figures(model: HVAE, folder: Path, test_set: Dataset) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_image(sample_sheet(model, 32), folder / "samples.png")
     originals, _, _ = first_images(model, test_set, 32)
-    write_image(make_grid(originals, columns_for(model), pad_value=1), folder / "originals.png")
+    sheet = make_grid(shown(originals), columns_for(model), pad_value=1)
+    write_image(sheet, folder / "originals.png")
     plot_samples(model, path=folder / "temperatures.png")
     plot_reconstructions(model, test_set, path=folder / "reconstructions.png")
     plot_levels(model, test_set, path=folder / "levels.png")
@@ -533,13 +539,7 @@ def sampling_parser() -> argparse.ArgumentParser:
     add("--out", type=path_argument, default="samples.png", metavar="FILE", help="the sheet")
     add("--n", type=int, default=32, help=f"images; on a sheet at most {SHEET}")
     add("--text", help="what to draw; by default another text on every image")
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="1 draws from p(x), less is plainer",
-    )
+    add("--temperature", type=float, default=1.0, metavar="T", help="below 1, samples are plainer")
     add("--captions", action="store_true", help="the texts asked for, below the samples")
     add("--seed", type=int, default=0, help="another seed gives other samples")
     add("--individual", type=path_argument, metavar="DIR", help="one file per image, no sheet")
@@ -583,7 +583,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_individual(model, args.individual, *request, args.resume)
             print(f"{args.n} images in {args.individual}")
         else:
-            picture_format(args.out)  # errors come before the drawing
+            check_picture(args.out)  # errors come before the drawing
             write_image(sample_sheet(model, *request, captions=args.captions), args.out)
             print(f"{args.n} samples on {args.out}")
 

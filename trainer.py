@@ -15,8 +15,8 @@ Captchas need each of these for samples that follow their text; short runs and d
     free_nats: KL of a level that costs nothing, so that the upper levels are used.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
-        reconstruction is a weighted mean: the guess's, which teaches the latents, and a hundredth
-        of -log p(x|z), which is enough for the context to learn it. Of binary images the weight
+        reconstruction is 0.99 of the guess's nats, which teach the latents, plus 0.01 of
+        -log p(x|z), enough for the context to learn it. Of binary images the weight
         of -log p(x|z) rises from 0 to 1: early on, a context would explain what latents should.
     a last phase: with latents and priors frozen, only p(x|z) learns, in four updates from each
         batch, and its weight against the guess is 0.3 or more. Context and features then fit
@@ -32,7 +32,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -53,7 +53,7 @@ from hvae.evaluation import evaluate
 from hvae.hyperparameters import TRAINING, Hyperparameters
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import plot_history, write_image
-from hvae.run import Run, copy_buffers
+from hvae.run import Run
 from hvae.text import DIGITS, UPPERCASE, possible_lengths, span
 from hvae.validate import InputError, validate_int
 from model import CONFIGS, HVAE, ELBOTerms, Level
@@ -75,7 +75,7 @@ def train(
     keep: bool = False,
     device: str | None = None,
     bf16: bool | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     **hyperparameters,
 ) -> tuple[HVAE, list[dict]]:
     """Trains a model; returns the best one, with averaged weights, and its history.
@@ -91,7 +91,8 @@ def train(
         val_dataset: held-out images; None renders the split 'val', or takes a tenth of the data.
         keep: keep the averaged model of every evaluation, as hvae-STEP.pt.
         device, bf16: None uses CUDA, and bfloat16 autocast, where available.
-        workers: processes that load or render.
+        workers: processes that load or render. None is one where processes are forks; elsewhere it
+            is 0, because they would run the calling script again.
         hyperparameters: see `Hyperparameters`, such as steps=2000, lr=1e-3.
 
     Raises:
@@ -100,6 +101,7 @@ def train(
         FloatingPointError: naming the term of the ELBO that stayed NaN or infinite.
     """
     hp = Hyperparameters(**hyperparameters)
+    workers = int(parallel.can_fork()) if workers is None else workers
     validate_int("workers", workers, 0)
     out = Path(out)
     validate_folder(out, resume, dataset)
@@ -118,7 +120,7 @@ def train(
     with locked(out) if parallel.rank() == 0 else nullcontext():
         bf16 = has_bf16(device) if bf16 is None else bf16
         run = Run(model, hp, device, bf16, description, images=len(train_set))
-        begin_or_resume(run, train_set, out)
+        begin_or_resume(run, train_set, out, resume)
         try:
             take_steps(run, train_set, val_set, out, workers, keep)
         finally:
@@ -127,11 +129,13 @@ def train(
         return HVAE.load(out / "hvae.pt", device), run.history
 
 
-def begin_or_resume(run: Run, train_set: Dataset, out: Path) -> None:
+def begin_or_resume(run: Run, train_set: Dataset, out: Path, resume: bool) -> None:
     """Resumes from the state in `out`; if there is none, starts p(x|z) at the data's level."""
     if has_state(out):
         run.load(out / "state.pt")
     else:
+        if resume and parallel.rank() == 0:
+            tqdm.write(f"{out} holds no run; a new one begins")
         first = [train_set[i][0] for i in range(min(64, len(train_set)))]
         run.model.set_output_level(torch.stack(first).to(run.device))
     if run.step > run.hp.steps:
@@ -171,8 +175,7 @@ def take_steps(
             run.seconds = time.time() - start
             is_checkpoint = run.step % hp.eval_every == 0 or run.step == hp.steps
             if run.step % hp.log_every == 0 or is_checkpoint:
-                row = run.add_row()
-                bar.set_postfix_str(describe(row, len(run.model.levels)))
+                bar.set_postfix_str(describe(run.add_row(), len(run.model.levels)))
             if is_checkpoint and leads:
                 write_checkpoint(run, val_set, out, keep)
             received = parallel.all_reduce_max(signals.received, run.device)
@@ -182,6 +185,9 @@ def take_steps(
                     if leads:
                         save_interrupted(run, out / "state.pt")
                 signals.end_process()
+        is_measured = "val_neg_elbo" in run.add_row()
+        if leads and not is_measured:  # it was interrupted at this step, and resumed to end here
+            write_checkpoint(run, val_set, out, keep)
     signals.end_process()  # a signal in the last step
 
 
@@ -221,14 +227,15 @@ def update(run: Run, x: Tensor, y: Tensor | None, closed: Tensor) -> dict[str, f
 
     model.zero_grad(set_to_none=True)
     loss.backward()
-    if run.clip(model):
+    if run.clip(model):  # the gradient is usable
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = hp.lr_at(run.step)
             optimizer.step()
         run.average.update_parameters(model)
     else:  # a broken image must not stay in the statistics of batch normalisation either
-        copy_buffers(run.average.module, model)
+        for mine, averaged in zip(model.buffers(), run.average.module.buffers(), strict=True):
+            mine.copy_(averaged)
     return batch_means(terms, closed)
 
 
@@ -300,7 +307,8 @@ def batches(n: int, batch_size: int, seed: int, start: int, steps: int) -> Itera
 def write_checkpoint(run: Run, val_set: Dataset, out: Path, keep: bool) -> None:
     """Evaluates the averaged model, adds that to the history, and writes all files of a run.
 
-    The state comes last, because with it the step counts as done.
+    The state comes last, because with it the step counts as done. It is written, too, if a table
+    or a picture cannot be.
     """
     model, hp = run.average.module, run.hp
     metrics = evaluate(
@@ -317,18 +325,30 @@ def write_checkpoint(run: Run, val_set: Dataset, out: Path, keep: bool) -> None:
         **{f"val_kl_{l + 1}": value for l, value in enumerate(metrics["kl"])},
     )
     model.provenance = provenance(run, metrics)
-    write_csv(out / "metrics.csv", run.history)
-    plot_history(run.history, out / "loss.png")
-    write_image(sample_sheet(model, 32, seed=hp.seed), out / "samples.png")
-    if metrics["elbo"] >= max(-row.get("val_neg_elbo", math.inf) for row in run.history):
-        model.save(out / "hvae.pt")
-    if keep:
-        model.save(out / f"hvae-{run.step:06d}.pt")
-    run.save(out / "state.pt")
+    try:
+        write_csv(out / "metrics.csv", run.history)
+        plot_history(run.history, out / "loss.png")
+        write_image(sample_sheet(model, 32, seed=hp.seed), out / "samples.png")
+    except Exception:  # such as a table that another program has open
+        with suppress(OSError):  # a full disk
+            write_model_and_state(run, out, keep)
+        raise
+    write_model_and_state(run, out, keep)
     tqdm.write(
         f"step {run.step}: held out -elbo {-metrics['elbo']:,.1f} nats = reconstruction "
         f"{metrics['reconstruction']:,.1f} + kl {sum(metrics['kl']):,.1f}"
     )
+
+
+def write_model_and_state(run: Run, out: Path, keep: bool) -> None:
+    """The averaged model, if it is the best or all are kept, and the run's state."""
+    model = run.average.module
+    nats = [row["val_neg_elbo"] for row in run.history if "val_neg_elbo" in row]
+    if nats[-1] <= min(nats):
+        model.save(out / "hvae.pt")
+    if keep:
+        model.save(out / f"hvae-{run.step:06d}.pt")
+    run.save(out / "state.pt")
 
 
 def provenance(run: Run, metrics: dict) -> dict:
@@ -471,6 +491,8 @@ def validate_data(model: HVAE, dataset: Dataset) -> None:
     if len(dataset) == 0:
         raise InputError("the data set has no images")
     image, label = dataset[0]
+    if not isinstance(image, Tensor):
+        raise InputError(f"the data's images are {type(image).__name__}, not tensors")
     if tuple(image.shape) != model.input_shape:
         raise InputError(
             f"the data's images are {tuple(image.shape)}, the model's {model.input_shape}"
@@ -523,7 +545,11 @@ def validate_folder(out: Path, resume: bool, dataset: Dataset | None) -> None:
 
 def description_of(dataset: Dataset):
     """What a checkpoint tells of its data: their `description`, or the name of their class."""
-    description = getattr(dataset, "description", type(dataset).__name__)
+    source = source_of(dataset)
+    description = getattr(source, "description", type(source).__name__)
+    if source is not dataset and isinstance(description, dict):
+        description = {**description, "subset": len(dataset)}
+    description = getattr(dataset, "description", description)  # a Subset's own, if it has one
     try:
         json.dumps(description)
     except TypeError as error:
@@ -539,11 +565,7 @@ ARCHITECTURE = ("inference", "likelihood", "sigma", "mixtures", "context", "prio
 def training_parser() -> argparse.ArgumentParser:
     parser = make_parser("Trains an HVAE on rendered captchas, on MNIST or on a folder of images.")
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        choices=("captcha", "mnist"),
-        help="rendered captchas, the default, or handwritten digits",
-    )
+    add("--data", choices=("captcha", "mnist"), help="rendered captchas, the default, or digits")
     add("--folder", type=path_argument, metavar="DIR", help="train on the images in this folder")
     add("--skip-bad", action="store_true", help="leave out damaged or misnamed files of the folder")
     add("--root", type=path_argument, default="data", metavar="DIR", help="of MNIST's files")

@@ -169,7 +169,8 @@ def restore_optimizer(
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other trainings, in this process or another, out of a folder.
 
-    The system drops the lock when the process ends, however it ends.
+    The system drops the lock when the process ends, however it ends. Windows, without fcntl, knows
+    only those of this process.
 
     Raises:
         ValueError: another training has the folder.

@@ -6,6 +6,7 @@ torchrun there is one process, and the collective operations do nothing.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -67,6 +68,12 @@ def keep_memory() -> None:
 # ---------------------------------------------------------------------------- processes
 
 
+def can_fork() -> bool:
+    """Whether processes start as forks here; others import the calling script anew."""
+    start = multiprocessing.get_start_method(allow_none=True)
+    return (start or multiprocessing.get_all_start_methods()[0]) == "fork"
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -81,7 +88,7 @@ def init_processes(device: str | torch.device | None) -> torch.device:
     Raises:
         ValueError: there is no such device here.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and str(device or "cuda") == "cuda" and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     picked = pick_device(device)

@@ -65,6 +65,18 @@ def plot_history(history: Sequence[dict], path: str | Path | None = None) -> Fig
     return write_figure(figure, path)
 
 
+def shown(images: Tensor) -> Tensor:
+    """Of images (n, C, H, W) the channels that a picture can have: three, or the first."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+
+
+def check_picture(path: str | Path) -> None:
+    """Raises the error that write_image() would raise if it could not write to this path."""
+    picture_format(path)
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path}: could not be written (No such file or directory)")
+
+
 def picture_format(path: str | Path) -> str:
     """The format that a file's extension names."""
     suffix = Path(path).suffix

@@ -68,6 +68,8 @@ class Run:
 
     def freeze(self) -> None:
         self.model.freeze_latents()
+        for p in set(self.model.parameters()) - set(self.trainable):
+            p.requires_grad_(False)
         self.forward = data_parallel(self.model)  # it reads requires_grad only when it is built
         self.is_frozen = True
 
@@ -93,7 +95,9 @@ class Run:
             )
 
     def add_row(self) -> dict:
-        """Adds a row to the history: means over the steps since the last one."""
+        """The row of this step in the history, now if it has none: means since the last row."""
+        if self.history and self.history[-1]["step"] == self.step:
+            return self.history[-1]
         names = dict.fromkeys(name for terms in self.recent for name in terms)
         having = {name: [terms[name] for terms in self.recent if name in terms] for name in names}
         means = {name: sum(values) / len(values) for name, values in having.items()}
@@ -205,8 +209,8 @@ class GradientClipper:
     A hierarchical VAE's loss has rare, huge gradients, one of which can end a run (Child 2021,
     section 3.2). A step is skipped if the norm is not finite or 20 times the mean.
 
-    Larger norms count as `ceiling`: on images unlike those that it knows, a model may begin with a
-    KL of a million nats and more, and AdamW, which divides by past gradients, would stand still.
+    Norms above `ceiling` count as `ceiling`. A model that begins with unfamiliar images may have a
+    KL of a million nats; AdamW divides by past gradients, and would stand still for long after.
     """
 
     def __init__(self, ceiling: float):
@@ -244,9 +248,3 @@ def ema_with_warmup(decay: float) -> Callable:
         torch._foreach_lerp_(averages, parameters, 1 - now)
 
     return update
-
-
-@torch.no_grad()
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    for theirs, mine in zip(source.buffers(), target.buffers(), strict=True):
-        mine.copy_(theirs)

@@ -38,8 +38,10 @@ def possible_lengths(frequencies: Sequence[float]) -> list[int]:
 
 
 def span(numbers: Sequence[int]) -> str:
-    """How many symbols texts have, for messages: "4", or "4 to 6"."""
+    """How many symbols texts have, for messages: "4", "4 to 6", or "3 or 5"."""
     first, last = min(numbers), max(numbers)
+    if len(numbers) <= last - first:  # not all between them
+        return " or ".join(map(str, numbers))
     return f"{last}" if first == last else f"{first} to {last}"
 
 

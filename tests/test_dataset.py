@@ -177,6 +177,11 @@ def test_the_dataset_survives_pickling():
 # ---------------------------------------------------------------------------- the renderer
 
 
+def test_a_slice_is_no_index():
+    with pytest.raises(TypeError, match="slice"):
+        CaptchaDataset(5)[0:2]
+
+
 def test_secrets_is_back_after_drawing():
     CaptchaDataset(1)[0]
     assert captcha.image.secrets is secrets
@@ -440,6 +445,16 @@ def test_folder_reads_texts_from_names_in_order_of_paths(tmp_path):
     (tmp_path / "b/A7KQ.png").rename(tmp_path / "b/A7.png")
     folder = CaptchaFolder(tmp_path, text_length=2)
     assert [decode_text(label) for _, label in folder] == ["D6", "Z8", "Z9", "A7", "C7"]
+
+
+def test_folder_follows_links_once(tmp_path):
+    save(tmp_path / "elsewhere" / "A1.png")
+    save(tmp_path / "images" / "part" / "B2.png")
+    links = tmp_path / "images" / "links"
+    links.mkdir()
+    (links / "there").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (links / "up").symlink_to(tmp_path / "images", target_is_directory=True)
+    assert CaptchaFolder(tmp_path / "images", text_length=2).texts == ["A1", "B2"]
 
 
 def test_folder_keeps_case_where_the_charset_has_it(tmp_path):

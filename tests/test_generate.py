@@ -510,6 +510,17 @@ def test_out_that_cannot_be_written(out, culprit, conditional, here, capsys):
     check_error(["--checkpoint", conditional, "--n", 2, "--out", out], culprit, here, capsys)
 
 
+def test_out_that_cannot_be_written_is_found_before_the_drawing(conditional, here, monkeypatch):
+    monkeypatch.setattr(generate, "sample_sheet", lambda *a, **k: pytest.fail("it draws"))
+    with pytest.raises(SystemExit):
+        generate.main(["--checkpoint", str(conditional), "--out", "nowhere/sheet.png"])
+
+
+def test_captions_without_texts():
+    with pytest.raises(ValueError, match="captions: this model is unconditional"):
+        generate.sample_sheet(tiny(text_length=None), 2, captions=True)
+
+
 @pytest.mark.parametrize("option", ["--individual", "--figures"])
 def test_folder_that_is_a_file(option, conditional, here, capsys):
     Path("taken").write_text("")

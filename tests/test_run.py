@@ -24,6 +24,7 @@ from test_trainer import (  # noqa: F401
     same,
     signal_in_step,
     tiny,
+    train,
     undrawn,
 )
 from torch.utils.data import Dataset, get_worker_info
@@ -230,6 +231,40 @@ def test_signal_that_ends_the_workers_loses_no_step(tmp_path):
         fit(tmp_path, workers=1)
     assert stop.value.code == 143
     assert saved_step(tmp_path) == 3
+
+
+def test_a_table_that_cannot_be_written_loses_no_step(twelve_steps, tmp_path):
+    (tmp_path / "metrics.csv").mkdir(parents=True)  # as if another program held it
+    with pytest.raises(OSError, match=r"metrics\.csv"):
+        fit(tmp_path, steps=12)
+    assert saved_step(tmp_path) == 4
+    (tmp_path / "metrics.csv").rmdir()
+    fit(tmp_path, steps=12, resume=True)
+    assert_same_run(twelve_steps, tmp_path)
+
+
+@pytest.mark.parametrize("interrupted_at", [5, 6])  # 6: the history has a row of this step
+def test_a_run_that_is_resumed_to_end_here_is_measured(interrupted_at, tmp_path):
+    with signal_in_step(interrupted_at, signal.SIGTERM), pytest.raises(SystemExit):
+        fit(tmp_path, steps=12, eval_every=12)
+    model, history = fit(tmp_path, steps=interrupted_at, eval_every=12, resume=True)
+    assert model.provenance["steps"] == interrupted_at
+    assert [row["step"] for row in history if "val_neg_elbo" in row] == [interrupted_at]
+
+
+def test_a_script_without_a_main_guard_trains_where_processes_import_it(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import multiprocessing\n"
+        "multiprocessing.set_start_method('spawn')\n"
+        "from test_run import bars, tiny, train\n"
+        "train(tiny(), bars(), steps=1, batch_size=8, device='cpu', out='run')\n"
+    )
+    tests = Path(__file__).resolve().parent
+    paths = {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    settings = dict(capture_output=True, text=True, timeout=120, env={**os.environ, **paths})
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    assert saved_step(tmp_path / "run") == 1
 
 
 class BrokenInWorker(Dataset):

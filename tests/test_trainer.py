@@ -29,7 +29,7 @@ from torchvision.utils import save_image
 import generate
 import trainer
 from dataset import CaptchaDataset, CaptchaFolder
-from generate import held_out_images
+from generate import held_out_images, save_figures
 from hvae.checkpoint import read_tensors, write_csv, write_tensors
 from hvae.run import GradientClipper, ema_with_warmup
 from model import CONFIGS, HVAE, WITHOUT_WINDOWS
@@ -279,6 +279,18 @@ def test_the_last_phase_leaves_latents_as_they_are(tmp_path):
     frozen = model.state_dict().keys() - learned
     assert all(torch.equal(model.state_dict()[name], after[name]) for name in frozen)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_last_phase_leaves_as_it_is_what_was_frozen_before(tmp_path):
+    model = with_context()
+    model.set_output_level(bar_batch())  # which a run would do first
+    model.to_image.requires_grad_(False)
+    before = model.to_image.state_dict()
+    before = {name: w.clone() for name, w in before.items()}
+    fit(tmp_path, model, frozen_share=0.5)
+    assert same(model.to_image.state_dict(), before)
+    assert not any(p.requires_grad for p in model.to_image.parameters())
+    assert all(p.requires_grad for p in model.context.parameters())
 
 
 def test_the_last_phase_has_parts_of_two_images_or_more(tmp_path):
@@ -966,6 +978,35 @@ def test_impossible_closed_levels(inference, closed_levels, tmp_path):
         fit(tmp_path, tiny(inference=inference), closed_levels=closed_levels)
 
 
+@pytest.mark.parametrize("channels", [2, 5])
+def test_images_of_other_channels_than_pictures_have(channels, tmp_path):
+    """Pictures show the first, or the first three."""
+    data = TensorDataset(torch.rand(40, channels, 8, 8), torch.zeros(40, 0))
+    model = HVAE([("conv", 4, 2)], [], (8, 8), channels, text_length=None, latent_channels=1)
+    fit(tmp_path, model, data)
+    save_figures(model, tmp_path, data)
+    with Image.open(tmp_path / "samples.png") as sheet:
+        assert sheet.mode == "RGB"
+
+
+def test_images_that_are_not_tensors(tmp_path):
+    data = [(torch.zeros(1, 8, 12).numpy(), torch.zeros(0))] * 20
+    with pytest.raises(ValueError, match="ndarray, not tensors"):
+        fit(tmp_path, tiny(), data)
+
+
+def test_a_subset_of_a_folder_is_known_as_one(tmp_path):
+    data = CaptchaFolder(image_folder(tmp_path / "images", ["A"] * 20))
+    torch.manual_seed(0)
+    model = trainer.model_for(Subset(data, range(16)), **TINY, **WITHOUT_WINDOWS)
+    model, _ = fit(tmp_path / "run", model, Subset(data, range(16)))
+    assert model.provenance["data"] == {**data.description, "subset": 16}
+    with pytest.warns(UserWarning, match="may have seen"):
+        held_out_images(model)
+    with pytest.warns(UserWarning, match="may have seen"):
+        held_out_images(model, folder=tmp_path / "images")
+
+
 def test_a_subset_has_the_texts_of_its_data():
     data = CaptchaDataset(20, image_size=(16, 40), text_length=2, charset="AB")
     model = trainer.model_for(Subset(Subset(data, range(15)), range(10)))
@@ -1551,7 +1592,7 @@ def test_texts_of_several_lengths(small, tmp_path, capsys):
         trainer.main(["--evaluate", checkpoint, *folder])
         assert "-ELBO" in capsys.readouterr().out
     fixed = tiny_captcha(text_length=4)
-    with pytest.raises(ValueError, match="1 to 4 symbols, the model's 4"):
+    with pytest.raises(ValueError, match="1 or 2 or 4 symbols, the model's 4"):
         fit(tmp_path / "other", fixed, CaptchaFolder(out, text_length=4, charset="AB"))
 
 
