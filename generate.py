@@ -454,7 +454,7 @@ def held_out_images(
         skip_bad: leave out damaged or misnamed files of the folder.
 
     Raises:
-        ValueError: the images that the model was trained on are unknown or gone.
+        ValueError: the images that the model was trained on are unknown, gone, or have no fonts.
     """
     origin = origin_of(model)
     if folder is None and data is None and "path" in origin:
@@ -464,6 +464,8 @@ def held_out_images(
     if folder is not None:
         return folder_images(model, folder, origin, limit, skip_bad)
     if data == "mnist" or (data is None and origin.get("data") == "MNIST"):
+        if fonts:
+            raise InputError("fonts: they have no effect on MNIST")
         test_set = MNIST("test", root, model.text_length)
         n = len(test_set) if limit is None else min(limit, len(test_set))
         return Subset(test_set, [i * len(test_set) // n for i in range(n)])

@@ -684,6 +684,9 @@ def train_and_draw(args: argparse.Namespace) -> None:
     with parallel.rank_0_first():
         dataset = make_dataset(args)
     model = make_model(dataset, args)
+    for name in ("pixel_weight", "pixel_rise", "window_noise"):
+        if model.context is None and hyperparameters[name] is not None:
+            raise InputError(f"--{name.replace('_', '-')} has no effect without a context")
     if leads:
         print(model.summary())
     names = ("out", "resume", "keep", "device", "workers")

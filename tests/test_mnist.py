@@ -76,6 +76,11 @@ def test_some_of_the_test_set_are_spread_over_it(most, expected, digits):
     assert [int(255 * image[0, 0, 0]) for image, _ in test_set] == expected
 
 
+def test_digits_have_no_fonts(digits):
+    with pytest.raises(ValueError, match="fonts: they have no effect on MNIST"):
+        held_out_images(flat_vae(), "mnist", digits, fonts=["DroidSansMono.ttf"])
+
+
 def test_held_out_digits_are_the_split_val(digits):
     training, held_out = hold_out(MNIST("train", digits, text_length=1), seed=0, limit=7)
     assert len(training) == 220 and len(held_out) == 7

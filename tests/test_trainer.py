@@ -1763,6 +1763,8 @@ def test_command_line_errors(options, message, small, capsys):
         ("--root data", "--root has no effect with --data captcha"),
         ("--data mnist --charset AB", "--charset has no effect with --data mnist"),
         ("--data mnist --size 9 9", "--size has no effect with --data mnist"),
+        ("--likelihood gaussian --pixel-rise 1", "--pixel-rise has no effect without a context"),
+        ("--context 0 0 --window-noise 0", "--window-noise has no effect without a context"),
         ("--evaluate no/such/model.pt", "no/such/model.pt"),
         ("--evaluate some.pt --steps 3", "--steps has no effect with --evaluate"),
         ("--evaluate some.pt --out here", "--out has no effect with --evaluate"),
