@@ -91,8 +91,7 @@ def train(
         val_dataset: held-out images; None renders the split 'val', or takes a tenth of the data.
         keep: keep the averaged model of every evaluation, as hvae-STEP.pt.
         device, bf16: None uses CUDA, and bfloat16 autocast, where available.
-        workers: processes that load or render. None is one where processes are forks; elsewhere it
-            is 0, because they would run the calling script again.
+        workers: processes that load or render; None is one, or 0 where it would not be a fork.
         hyperparameters: see `Hyperparameters`, such as steps=2000, lr=1e-3.
 
     Raises:
@@ -115,7 +114,6 @@ def train(
     hp.fit_to(model, len(train_set))
     validate_sets(model, hp, train_set, val_set)
     description = description_of(dataset)
-
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) if parallel.rank() == 0 else nullcontext():
         bf16 = has_bf16(device) if bf16 is None else bf16
