@@ -465,24 +465,24 @@ def read_labels(path: Path) -> dict[str, str]:
 def find_images(root: Path) -> list[Path]:
     """The files under a folder that have an image's extension, sorted by path, none hidden.
 
-    Linked folders count, too, each once.
+    Links to folders elsewhere are followed, to each folder once.
     """
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder")
     if not root.is_dir():
         raise InputError(f"{root}: not a folder")
     extensions = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
-    paths, seen = [], set()
+    is_hidden = lambda name: name.startswith(".")
+    paths, seen, top = [], set(), root.resolve()
     for folder, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()  # or a link to a folder above would lead round and round
+        real, by_name = Path(folder).resolve(), top / Path(folder).relative_to(root)
+        if real in seen or (real != by_name and real.is_relative_to(top)):
+            folders.clear()  # a link to what is found without it, which may lead round and round
             continue
         seen.add(real)
-        folders.sort()
-        paths += [Path(folder, name) for name in names]
-    paths = [path for path in paths if path.suffix.lower() in extensions]
-    is_hidden = lambda path: any(part.startswith(".") for part in path.relative_to(root).parts)
-    paths = [path for path in paths if path.is_file() and not is_hidden(path)]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        paths += [Path(folder, name) for name in names if not is_hidden(name)]
+    paths = [path for path in paths if path.suffix.lower() in extensions and path.is_file()]
     if not paths:
         raise InputError(f"{root}: no images in this folder")
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())

@@ -457,6 +457,14 @@ def test_folder_follows_links_once(tmp_path):
     assert CaptchaFolder(tmp_path / "images", text_length=2).texts == ["A1", "B2"]
 
 
+def test_a_link_does_not_rename_what_is_found_without_it(tmp_path):
+    image = save(tmp_path / "z" / "B2.png")
+    for folder in (".hidden", "a"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "link").symlink_to(tmp_path / "z", target_is_directory=True)
+    assert CaptchaFolder(tmp_path, text_length=2).paths == [image]
+
+
 def test_folder_keeps_case_where_the_charset_has_it(tmp_path):
     save(tmp_path / "aB.png")
     assert CaptchaFolder(tmp_path, text_length=2, charset="abAB")[0][1].tolist() == [0, 3]

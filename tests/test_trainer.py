@@ -285,8 +285,7 @@ def test_the_last_phase_leaves_as_it_is_what_was_frozen_before(tmp_path):
     model = with_context()
     model.set_output_level(bar_batch())  # which a run would do first
     model.to_image.requires_grad_(False)
-    before = model.to_image.state_dict()
-    before = {name: w.clone() for name, w in before.items()}
+    before = copy.deepcopy(model.to_image.state_dict())
     fit(tmp_path, model, frozen_share=0.5)
     assert same(model.to_image.state_dict(), before)
     assert not any(p.requires_grad for p in model.to_image.parameters())
