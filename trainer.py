@@ -12,7 +12,8 @@ Captchas need each of these for samples that follow their text; short runs and d
         their z is the mean of the prior's Gaussian. The glyphs of these images can only come from
         the top latents and the text. In the first third of the steps before the last phase, half of
         these images have only the top level open.
-    free_nats: KL of a level that costs nothing, so that the upper levels are used.
+    free_nats: KL of a level that costs nothing, so that the upper levels are used. Of digits it
+        costs something again in the second half, when no level needs that to stay in use.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
         reconstruction is 0.99 of the guess's nats, which teach the latents, plus 0.01 of
@@ -219,7 +220,8 @@ def update(run: Run, x: Tensor, y: Tensor | None, closed: Tensor) -> dict[str, f
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
         terms = run.forward(x, y, closed)
     beta, pixel_weight = hp.beta_at(run.step), hp.pixel_weight_at(run.step)
-    loss = objective(terms, beta, run.free_nats, closed, pixel_weight)
+    free_nats = hp.free_nats_at(run.step).to(run.device)
+    loss = objective(terms, beta, free_nats, closed, pixel_weight)
     if model.levels[-1].flow is not None and not run.is_frozen:
         loss = loss + flow_loss(model.levels[-1], terms.z_top.detach())
 

@@ -56,6 +56,9 @@ class Hyperparameters:
         "default: 40, and 80 for the top; fewer for small images; at most 7 and 14 for fewer than "
         "5,000 images; 0 in a short run",
     )
+    free_share: float = option(
+        1.0, "share of the run after which free nats become fewer, down to 0 at its end", 0, 1
+    )
     closed_levels: int | None = option(
         None,
         "how many of the lowest levels are closed in a part of each batch; "
@@ -201,6 +204,11 @@ class Hyperparameters:
     def beta_at(self, step: int) -> float:
         return self.beta_start ** max(0.0, 1 - step / self.beta_steps)
 
+    def free_nats_at(self, step: int) -> Tensor:
+        """(L,): those of each level."""
+        left = (1 - step / self.steps) / max(1e-9, 1 - self.free_share)
+        return min(1.0, left) * torch.tensor(self.free_nats)
+
     def pixel_weight_at(self, step: int) -> float:
         weight = self.pixel_weight
         if self.pixel_rise:
@@ -226,8 +234,9 @@ TRAINING = {
     "mnist-hvae": {
         **LIKELIHOOD_FIRST,
         "free_nats": [0.0] + [3.0] * 6,  # z_1 first
+        "free_share": 0.5,
         "batch_size": 50,
-        "steps": 22_000,
+        "steps": 40_000,
         "binarise": True,
     },
 }

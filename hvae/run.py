@@ -52,7 +52,6 @@ class Run:
         self.average.eval().requires_grad_(False)
         self.optimizers = make_optimizers(model, hp.lr)
         self.clip = GradientClipper(math.prod(model.input_shape))
-        self.free_nats = torch.tensor(hp.free_nats, device=device)
         self.began_with = model.provenance
         self.step = 0
         self.seconds = 0.0

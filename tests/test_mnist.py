@@ -295,7 +295,7 @@ def test_flat_vae_in_one_command(flat_options, tmp_path, capsys):
     "options, expected",
     [
         ("", ("captcha", 11_000, False, None)),
-        ("--data mnist", ("mnist-hvae", 22_000, True, 0.0)),
+        ("--data mnist", ("mnist-hvae", 40_000, True, 0.0)),
         ("--data mnist --config mnist-vae --steps 5", ("mnist-vae", 5, False, 0.0)),
         ("--data mnist --config captcha", ("captcha", 11_000, False, None)),
     ],

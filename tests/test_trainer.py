@@ -249,6 +249,33 @@ def test_beta_reaches_one_in_a_short_run_too():
     assert hp.beta_at(0) == 0.1 and hp.beta_at(69) < 1 and hp.beta_at(70) == 1
 
 
+@given(st.integers(2, 60), st.floats(0, 1))
+def test_free_nats_fall_to_none_at_the_end(steps, share):
+    hp = Hyperparameters(steps=steps, free_nats=[2.0, 6.0], free_share=share)
+    free = torch.stack([hp.free_nats_at(step) for step in range(steps + 1)])
+    until = math.floor(share * steps)
+    assert torch.allclose(free[: until + 1], torch.tensor([2.0, 6.0]))
+    assert (free.diff(dim=0) <= 1e-6).all() and (free >= 0).all()
+    if share < 0.99:
+        middle = (share * steps + steps) / 2
+        assert torch.allclose(hp.free_nats_at(middle), torch.tensor([1.0, 3.0]), atol=1e-4)
+        assert not free[-1].any()
+
+
+def test_a_kl_counts_once_the_free_nats_are_fewer(tmp_path):
+    """Nats a little above the first KL: at the second of three steps they have fallen below it."""
+    settings = dict(steps=3, beta_start=1.0, closed_share=0.0, log_every=1, eval_every=1, keep=True)
+    first = fit(tmp_path / "first", free_nats=0.0, **settings)[1][0]
+    settings["free_nats"] = [1.2 * first["kl_1"], 1.2 * first["kl_2"]]
+    for name, share in (("kept", 1.0), ("fallen", 0.0)):
+        fit(tmp_path / name, free_share=share, **settings)
+    kept, fallen = (
+        [HVAE.load(tmp_path / name / f"hvae-00000{n}.pt").state_dict() for n in (1, 2)]
+        for name in ("kept", "fallen")
+    )
+    assert same(kept[0], fallen[0]) and not same(kept[1], fallen[1])
+
+
 def test_learning_rate_rises_and_falls():
     hp = Hyperparameters(steps=100, warmup=10, lr=1.0)
     rates = [hp.lr_at(step) for step in range(100)]

@@ -29,20 +29,23 @@ from model import CONFIGS, HVAE, count_parameters
 from trainer import batches, evaluate, train
 
 ALL = CONFIGS["mnist-hvae"]
-BOTTOM, TOP = ALL["inner_config"][0], ALL["inner_config"][-1]
+
+
+def ladder_of(levels: int) -> dict:
+    """The model with more or fewer levels of 4x7x7; seven is all of it."""
+    bottom, *_, top = ALL["inner_config"]
+    inner_config = [bottom, *[[("res", 64)]] * (levels - 3), top]
+    return dict(inner_config=inner_config, latent_channels=(2, *[4] * (levels - 2), 32))
+
+
 CHANGES = {  # arguments of HVAE, hyperparameters
     "all of it": ({}, {}),
     "no context": (dict(context=None), {}),
     "context from the start": ({}, dict(pixel_weight=1.0)),
     "windows for the priors": (dict(prior_context=(3, 3)), {}),
-    "3 levels": (dict(inner_config=[BOTTOM, TOP], latent_channels=(2, 4, 32)), {}),
-    "10 levels": (
-        dict(
-            inner_config=[BOTTOM, *[[("res", 64)]] * 7, TOP],
-            latent_channels=(2, *[4] * 8, 32),
-        ),
-        {},
-    ),
+    "3 levels": (ladder_of(3), {}),
+    "5 levels": (ladder_of(5), {}),
+    "10 levels": (ladder_of(10), {}),
     "bottom-up": (dict(inference="bottom-up"), {}),
 }
 WITHOUT_LATENTS = "context without latents"
