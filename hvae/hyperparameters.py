@@ -57,23 +57,20 @@ class Hyperparameters:
         "5,000 images; 0 in a short run",
     )
     free_share: float = option(
-        1.0, "share of the run after which free nats become fewer, down to 0 at its end", 0, 1
+        1 / 3,
+        "share of the steps before the last phase after which free nats become fewer, down to 0",
+        0,
+        1,
     )
     closed_levels: int | None = option(
         None,
-        "how many of the lowest levels are closed in a part of each batch; "
-        "default: the lower half of a ladder",
+        "how many of the lowest levels are closed in a part of each batch, in the first third of "
+        "the steps before the last phase; default: the lower half of a ladder",
     )
     closed_share: float | None = option(
         None, "share of each batch that has closed levels; default: 0.5; 0 in a short run", 0, 0.999
     )
-    top_share: float = option(
-        0.5,
-        "share of those images in which only the top is open, in the first third of the steps "
-        "before the last phase",
-        0,
-        1,
-    )
+    top_share: float = option(0.5, "share of those images in which only the top is open", 0, 1)
     ema: float = option(0.999, "decay of the averaged weights", 0, 0.999999)
     pixel_weight: float | None = option(
         None,
@@ -206,8 +203,8 @@ class Hyperparameters:
 
     def free_nats_at(self, step: int) -> Tensor:
         """(L,): those of each level."""
-        left = (1 - step / self.steps) / max(1e-9, 1 - self.free_share)
-        return min(1.0, left) * torch.tensor(self.free_nats)
+        left = (1 - step / max(1, self.frozen_from)) / max(1e-9, 1 - self.free_share)
+        return min(1.0, max(0.0, left)) * torch.tensor(self.free_nats)
 
     def pixel_weight_at(self, step: int) -> float:
         weight = self.pixel_weight
@@ -218,11 +215,10 @@ class Hyperparameters:
     def closed_at(self, step: int, levels: int) -> Tensor:
         """(batch_size,): how many of the lowest levels are closed, for each image of a batch."""
         closed = torch.zeros(self.batch_size, dtype=torch.long)
-        if self.closed_levels and step < self.frozen_from:
+        if self.closed_levels and 3 * step < self.frozen_from:
             closed[: int(self.closed_share * self.batch_size)] = self.closed_levels
-            if 3 * step < self.frozen_from:
-                only_top = int(self.top_share * self.closed_share * self.batch_size)
-                closed[:only_top] = levels - 1
+            only_top = int(self.top_share * self.closed_share * self.batch_size)
+            closed[:only_top] = levels - 1
         return closed
 
 

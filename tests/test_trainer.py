@@ -336,7 +336,10 @@ def test_the_schedules_of_both_phases():
     assert rates[2999] == pytest.approx(0.02, abs=1e-3)
     assert rates[3999] == pytest.approx(0.02, abs=1e-3)
     assert hp.beta_at(2099) > 1 and hp.beta_at(2100) == 1
-    assert hp.closed_at(2999, 5).any() and not hp.closed_at(3000, 5).any()
+    assert hp.closed_at(999, 5).any() and not hp.closed_at(1000, 5).any()
+    assert hp.free_nats_at(1000).tolist() == [40, 40, 40, 40, 80]
+    assert hp.free_nats_at(2000).tolist() == pytest.approx([20, 20, 20, 20, 40])
+    assert not hp.free_nats_at(3000).any() and not hp.free_nats_at(3999).any()
     assert hp.pixel_weight_at(2999) == 0.01 and hp.pixel_weight_at(3000) == 0.3
     hp = Hyperparameters(steps=1000, frozen_share=0.1, lr=1.0)
     hp.fit_to(HVAE(**CONFIGS["mnist-hvae"]))
@@ -938,20 +941,20 @@ def test_train_closes_levels(model, arguments, closes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "levels, share, top_share, at_first, later",
+    "levels, share, top_share, closed",
     [
-        (3, 0.5, 0.5, [4, 4, 3, 3, 0, 0, 0, 0], [3, 3, 3, 3, 0, 0, 0, 0]),
-        (3, 0.5, 0.0, [3, 3, 3, 3, 0, 0, 0, 0], [3, 3, 3, 3, 0, 0, 0, 0]),
-        (3, 0.25, 1.0, [4, 4, 0, 0, 0, 0, 0, 0], [3, 3, 0, 0, 0, 0, 0, 0]),
-        (0, 0.5, 0.5, [0] * 8, [0] * 8),
+        (3, 0.5, 0.5, [4, 4, 3, 3, 0, 0, 0, 0]),
+        (3, 0.5, 0.0, [3, 3, 3, 3, 0, 0, 0, 0]),
+        (3, 0.25, 1.0, [4, 4, 0, 0, 0, 0, 0, 0]),
+        (0, 0.5, 0.5, [0] * 8),
     ],
 )
-def test_closed_levels_of_a_batch(levels, share, top_share, at_first, later):
-    """Half of the batch has closed levels, and in half of that only the top is open."""
+def test_closed_levels_of_a_batch(levels, share, top_share, closed):
+    """In a third of the steps half of a batch has closed levels, half of that all but the top."""
     shares = dict(closed_share=share, top_share=top_share)
     hp = Hyperparameters(steps=9, batch_size=8, closed_levels=levels, **shares)
-    assert hp.closed_at(2, 5).tolist() == at_first
-    assert hp.closed_at(3, 5).tolist() == later
+    assert hp.closed_at(2, 5).tolist() == closed
+    assert hp.closed_at(3, 5).tolist() == [0] * 8
 
 
 @pytest.mark.parametrize(
