@@ -662,12 +662,18 @@ class HVAE(nn.Module):
         if n and not (int(y.min()) >= 0 and int(y.max()) <= last):
             raise InputError(f"y has indices outside the charset's 0..{last}")
 
-    def freeze_latents(self) -> None:
-        """Leaves only p(x|z) to train: the outer block's mirror, the output map, the context."""
+    def freeze_latents(self, priors_too: bool = True) -> None:
+        """Freezes all but p(x|z): the outer block's mirror, the output map and the context.
+
+        If priors_too is False, the priors' windows and flow learn on; q does not depend on them.
+        """
         self.requires_grad_(False)
         for part in self.children():  # not the model itself: in eval mode, forward() makes no guess
             part.eval()  # the statistics of batch normalisation stay as they are, too
-        for part in (self.generation[0], self.to_image, self.context):
+        learning = [self.generation[0], self.to_image, self.context]
+        for level in () if priors_too else self.levels:
+            learning += [level.window, level.prior_features, level.flow]
+        for part in learning:
             if part is not None:
                 part.requires_grad_(True).train()
         if self.config["likelihood"] == "gaussian":

@@ -11,20 +11,21 @@ Captchas need each of these for samples that follow their text; short runs and d
     closed levels: in the first third of the steps before the last phase, the lowest levels do not
         see x in half of every batch; their z is the mean of the prior's Gaussian. The glyphs of
         these images can only come from the top latents and the text. Half of these images have
-        only the top level open. Later this would fill the upper levels with what the priors of the
-        lower ones draw better.
+        only the top level open. Later, the upper levels would take over what their priors draw
+        worse than those of the lower ones.
     free_nats: KL of a level that costs nothing, so that the upper levels are used. After a third of
-        these steps, of digits after half, free nats become fewer, until there are none.
+        these steps, of digits after half, free nats become fewer: a level stays in use, and what
+        it holds should be what pays.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
         reconstruction is 0.99 of the guess's nats, which teach the latents, plus 0.01 of
         -log p(x|z), enough for the context to learn it. Of binary images the weight
         of -log p(x|z) rises from 0 to 1: early on, a context would explain what latents should.
-    a last phase: with latents and priors frozen, only p(x|z) learns, in four updates from each
-        batch, and its weight against the guess is 0.3 or more. Context and features then fit
-        latents that no longer move.
+    a last phase: with latents frozen, p(x|z) and the windows and the flow of the priors fit what
+        no longer moves, in four updates from each batch. The weight of -log p(x|z) against the
+        guess is 0.3 or more. Priors would learn few images by heart, so they are frozen there.
     a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
-        fitted to q(z_L), until the last phase.
+        fitted to q(z_L).
 """
 
 import argparse

@@ -15,7 +15,7 @@ from hvae.context import WINDOW_NOISE
 from hvae.validate import per_level, validate_int, validate_number
 
 SHORT_RUN = 2_000  # steps
-FEW_IMAGES = 5_000  # fewer are augmented, and have fewer free nats, by default
+FEW_IMAGES = 5_000  # fewer are augmented, have fewer free nats, and leave priors frozen at the end
 CAPTCHA_VALUES = 3 * 60 * 160  # of the image for which the default of free_nats was found
 FEW_FREE_NATS = 7.0  # at most, of few images: with 40 the held-out -ELBO was worse
 FROZEN_PIXEL_WEIGHT = 0.3  # the least in the last phase, where latents have nothing to lose
@@ -88,8 +88,8 @@ class Hyperparameters:
     )
     frozen_share: float | None = option(
         None,
-        "last share of the run, in which latents and priors are frozen and only p(x|z) learns; "
-        "default: 0.25 with a context, 0 for binary pixels and in a short run",
+        "last share of the run, in which q is frozen; p(x|z) learns on, and the priors, if there "
+        "are 5,000 images; default: 0.25 with a context, 0 for binary pixels and in a short run",
         0,
         1,
     )
@@ -183,7 +183,7 @@ class Hyperparameters:
 
     @property
     def frozen_from(self) -> int:
-        """The first step in which latents and priors are frozen."""
+        """The first step in which q is frozen."""
         return self.steps - round((self.frozen_share or 0) * self.steps)
 
     def lr_at(self, step: int) -> float:

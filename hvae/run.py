@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from hvae.checkpoint import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
-from hvae.hyperparameters import Hyperparameters
+from hvae.hyperparameters import FEW_IMAGES, Hyperparameters
 from hvae.optimizer import make_optimizers
 from hvae.parallel import data_parallel
 from hvae.text import possible_lengths
@@ -59,14 +59,14 @@ class Run:
         self.recent: list[dict] = []  # terms of the steps since the last row of the history
 
     def begin_last_phase(self) -> None:
-        """Freezes latents and priors, as averages; only p(x|z) learns from here on."""
+        """Freezes q, as an average; p(x|z) learns on, and the priors if images are not few."""
         if self.average.n_averaged > 0:
             self.model.load_state_dict(self.average.module.state_dict())
         self.clip.mean, self.clip.seen = 0.0, 0  # gradients of other weights, another loss
         self.freeze()
 
     def freeze(self) -> None:
-        self.model.freeze_latents()
+        self.model.freeze_latents(priors_too=self.settings["images"] < FEW_IMAGES)
         for p in set(self.model.parameters()) - set(self.trainable):
             p.requires_grad_(False)
         self.forward = data_parallel(self.model)  # it reads requires_grad only when it is built
