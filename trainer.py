@@ -11,11 +11,10 @@ Captchas need each of these for samples that follow their text; short runs and d
     closed levels: in the first third of the steps before the last phase, the lowest levels do not
         see x in half of every batch; their z is the mean of the prior's Gaussian. The glyphs of
         these images can only come from the top latents and the text. Half of these images have
-        only the top level open. Later, the upper levels would take over what their priors draw
-        worse than those of the lower ones.
+        only the top level open. Later this would fill the upper levels with what the priors of the
+        lower ones draw better.
     free_nats: KL of a level that costs nothing, so that the upper levels are used. After a third of
-        these steps, of digits after half, free nats become fewer: a level stays in use, and what
-        it holds should be what pays.
+        these steps, of digits after half, free nats become fewer, until there are none.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
         reconstruction is 0.99 of the guess's nats, which teach the latents, plus 0.01 of

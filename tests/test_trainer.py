@@ -1012,12 +1012,12 @@ def test_a_batch_of_the_last_phase_makes_four_updates(tmp_path, monkeypatch):
     assert history[-1]["step"] == 4 and history[-1]["images"] == 32
 
 
-def test_only_the_top_is_open_in_the_first_third(tmp_path, monkeypatch):
+def test_levels_are_closed_in_the_first_third(tmp_path, monkeypatch):
     seen, original = [], trainer.objective
     record = lambda *args: seen.append(args[3].tolist()) or original(*args)
     monkeypatch.setattr(trainer, "objective", record)
     fit(tmp_path, tiny(inner_config=[[("res", 4)]] * 3), steps=6, batch_size=4, closed_share=0.5)
-    assert seen == [[3, 2, 0, 0]] * 2 + [[2, 2, 0, 0]] * 4
+    assert seen == [[3, 2, 0, 0]] * 2 + [[0, 0, 0, 0]] * 4
 
 
 @pytest.mark.parametrize(
