@@ -671,8 +671,9 @@ class HVAE(nn.Module):
         for part in self.children():  # not the model itself: in eval mode, forward() makes no guess
             part.eval()  # the statistics of batch normalisation stay as they are, too
         learning = [self.generation[0], self.to_image, self.context]
-        for level in () if priors_too else self.levels:
-            learning += [level.window, level.prior_features, level.flow]
+        if not priors_too:
+            for level in self.levels:
+                learning += [level.window, level.prior_features, level.flow]
         for part in learning:
             if part is not None:
                 part.requires_grad_(True).train()

@@ -203,7 +203,8 @@ class Hyperparameters:
 
     def free_nats_at(self, step: int) -> Tensor:
         """(L,): those of each level."""
-        left = (1 - step / max(1, self.frozen_from)) / max(1e-9, 1 - self.free_share)
+        left = (self.frozen_from - step) / max(1, self.frozen_from)
+        left /= max(1e-9, 1 - self.free_share)
         return min(1.0, max(0.0, left)) * torch.tensor(self.free_nats)
 
     def pixel_weight_at(self, step: int) -> float:

@@ -298,8 +298,7 @@ def with_context(**arguments):
 def test_the_last_phase_leaves_latents_as_they_are(tmp_path, images):
     """It begins with the averaged weights, and gives the model back whole."""
     model = with_context(**VECTOR_TOP, prior_context=(1, 1), flow=2)
-    # of eight steps
-    fit(tmp_path, model, bars(images), frozen_share=0.5, keep=True, ema=0.5)
+    fit(tmp_path, model, bars(images), frozen_share=0.5, keep=True, ema=0.5)  # of eight steps
     models = [HVAE.load(tmp_path / f"hvae-00000{n}.pt") for n in (4, 8)]
     before, after = (kept.state_dict() for kept in models)
     learned = {name for name, w in before.items() if not torch.equal(w, after[name])}
@@ -361,6 +360,8 @@ def test_the_schedules_of_both_phases():
     assert hp.free_nats_at(1000).tolist() == [40, 40, 40, 40, 80]
     assert hp.free_nats_at(2000).tolist() == pytest.approx([20, 20, 20, 20, 40])
     assert not hp.free_nats_at(3000).any() and not hp.free_nats_at(3999).any()
+    only_last = Hyperparameters(steps=1000, frozen_share=1, free_nats=[40.0])
+    assert not only_last.free_nats_at(0).any()
     assert hp.pixel_weight_at(2999) == 0.01 and hp.pixel_weight_at(3000) == 0.3
     hp = Hyperparameters(steps=1000, frozen_share=0.1, lr=1.0)
     hp.fit_to(HVAE(**CONFIGS["mnist-hvae"]))
