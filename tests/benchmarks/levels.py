@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from reader import load_reader
+from reader import RULER, load_reader
 
 from generate import CHECKPOINTS, first_images, held_out_images
 from hvae.cli import make_parser
@@ -30,7 +30,7 @@ def main() -> None:
     add("checkpoint", nargs="?", default=str(CHECKPOINTS["captcha"]))
     add("--n", type=int, default=600, help="held-out captchas")
     add("--temperature", type=float, default=1.0, help="times the priors' noise")
-    add("--reader", default="checkpoints/run/reader.pt", help="read, or trained and written")
+    add("--reader", default=str(RULER), help="read, or trained and written")
     args = parser.parse_args()
     model, generator = HVAE.load(args.checkpoint), torch.Generator().manual_seed(0)
     reader = load_reader(Path(args.reader), model).cpu()

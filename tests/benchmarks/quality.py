@@ -34,6 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from reader import (
+    RULER,
     Kind,
     Reader,
     balanced,
@@ -224,7 +225,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--n-train", type=int, default=20_000, help="images that a reader is trained on")
     add("--n-two", type=int, default=6000, help="images of each kind in the two-sample test")
     add("--steps", type=int, default=800, help="of a reader's training, with 64 images each")
-    add("--reader", default="checkpoints/run/reader.pt", help="the ruler; trained if not there")
+    add("--reader", default=str(RULER), help="the ruler; trained if there is no such file")
     add("--curve", metavar="FILE", help="no training: draw the other figures against images seen")
     return parser.parse_args()
 
@@ -256,8 +257,8 @@ def main() -> None:
         if not args.curve:
             samples = draw(real_texts, "train")
             columns[path].update(use(samples, real, y, test, kind, args.steps))
-            samples = draw(draw_texts(model, args.n_two, None, seed=4), "two-sample")
-            p, half = two_sample_test(samples, real[: len(samples)], args.steps // 2)
+            two = samples[: args.n_two], real[-args.n_two :]
+            p, half = two_sample_test(*two, args.steps // 2)
             columns[path].update({"C2ST": p, "C2ST +-": half})
     print(f"T = {args.temperature:g}")
     print_table(columns)

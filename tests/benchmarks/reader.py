@@ -21,11 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import CaptchaDataset, make_loader
 from generate import held_out_images, origin_of
+from hvae.checkpoint import read_tensors, write_tensors
 from hvae.parallel import has_bf16, pick_device
 from hvae.validate import InputError
 from model import HVAE
 
 BATCH = 64
+RULER = Path(__file__).with_name("reader.pt")  # for four digits and upper-case letters, 60x160
 
 
 class Kind(NamedTuple):
@@ -120,14 +122,15 @@ def load_reader(path: Path, model: HVAE, steps: int = 2500) -> Reader:
     """The reader of a file; trained on new renders and written there, if there is none."""
     kind = kind_of(model)
     renders = renders_like(model, steps * BATCH)
-    ruler = json.dumps([kind, model.charset, renders.description["fonts"]])
+    ruler = [*kind, model.charset, renders.description["fonts"]]
     if not path.is_file():
         loader = make_loader(replace(renders, split="train", seed=1), BATCH, workers=1, seed=1)
         reader = fit_reader(loader, steps, "reader", kind)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"ruler": ruler, "weights": reader.state_dict()}, path)
-    reader, content = Reader(kind), torch.load(path, map_location="cpu", weights_only=True)
-    if content["ruler"] != ruler:
-        raise InputError(f"{path} reads {content['ruler']}, not {ruler}; name another --reader")
-    reader.load_state_dict(content["weights"])
+        write_tensors(path, reader.state_dict(), {"ruler": ruler})
+    reader, (weights, metadata) = Reader(kind), read_tensors(path)
+    reads = metadata.get("ruler")
+    if reads != json.loads(json.dumps(ruler)):  # JSON has lists for tuples
+        raise InputError(f"{path} reads {reads}, not {ruler}; name another --reader")
+    reader.load_state_dict(weights)
     return reader.to(pick_device()).eval()
