@@ -3,7 +3,6 @@
 Both are trained for a fixed number of steps, so that a slower machine gives the same figures.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -122,7 +121,7 @@ def load_reader(path: Path, model: HVAE, steps: int = 2500) -> Reader:
     """The reader of a file; trained on new renders and written there, if there is none."""
     kind = kind_of(model)
     renders = renders_like(model, steps * BATCH)
-    ruler = [*kind, model.charset, renders.description["fonts"]]
+    ruler = [list(kind.image), *kind[1:], model.charset, renders.description["fonts"]]
     if not path.is_file():
         loader = make_loader(replace(renders, split="train", seed=1), BATCH, workers=1, seed=1)
         reader = fit_reader(loader, steps, "reader", kind)
@@ -130,7 +129,7 @@ def load_reader(path: Path, model: HVAE, steps: int = 2500) -> Reader:
         write_tensors(path, reader.state_dict(), {"ruler": ruler})
     reader, (weights, metadata) = Reader(kind), read_tensors(path)
     reads = metadata.get("ruler")
-    if reads != json.loads(json.dumps(ruler)):  # JSON has lists for tuples
+    if reads != ruler:
         raise InputError(f"{path} reads {reads}, not {ruler}; name another --reader")
     reader.load_state_dict(weights)
     return reader.to(pick_device()).eval()
