@@ -652,11 +652,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         validate_int("--n", args.n, 1)
         look = (args.size, args.length, args.charset, args.seed, args.fonts)
         dataset = CaptchaDataset(args.n, args.split, *look, shortest=args.shortest)
-        if not args.export:
-            check_picture(args.out)
         if args.export:
             export(dataset, args.export)
         else:
+            check_picture(args.out)  # errors come before the drawing
             write_sheet(dataset, args.out)
         print(f"{args.n} images: {args.export or args.out}")
 

@@ -180,13 +180,16 @@ def save_individual(
     starts = [f"{drawn}_" if is_name(drawn) else "" for drawn in texts]
     names = [f"{start}{i:06d}.png" for i, start in enumerate(starts)]
     folder = Path(folder)  # errors come before it is made
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found and not resume:
         raise InputError(
             f"{folder} has files: if they are of the same call, go on with --resume (resume=True), "
             "otherwise choose another folder"
         )
-    if resume and not read_labels(folder / "labels.csv").keys() <= set(names):
+    if not read_labels(folder / "labels.csv").keys() <= set(names):
         raise InputError(f"{folder}/labels.csv names other files; choose another folder")
+    if others := sorted(name for name in found - {*names, "labels.csv"} if name[0] != "."):
+        raise InputError(f"{folder} has other files, such as {others[0]}; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if model.text_length is not None:  # first, because a name alone may be taken for a text
         rows = [{"name": name, "text": text} for name, text in zip(names, texts, strict=True)]
@@ -462,6 +465,8 @@ def held_out_images(
         if not Path(folder).is_dir():
             raise InputError(f"the model was trained on {folder}, which is gone; name a --folder")
     if folder is not None:
+        if fonts:
+            raise InputError("fonts: they have no effect on the images of a folder")
         return folder_images(model, folder, origin, limit, skip_bad)
     if data == "mnist" or (data is None and origin.get("data") == "MNIST"):
         if fonts:
@@ -471,13 +476,15 @@ def held_out_images(
         return Subset(test_set, [i * len(test_set) // n for i in range(n)])
     if data is None and origin.get("renderer") != "captcha":
         raise InputError("the model was not trained on plain renders; name a --folder or --data")
-    size = 512 if limit is None else limit
-    length = model.text_length or 4
     known = origin if data is None else {}
+    texts = dict(text_length=known.get("text_length", 4), shortest=known.get("shortest"))
+    if model.text_length:
+        shortest = model.possible_lengths[0] if model.lengths else None
+        texts = dict(text_length=model.text_length, shortest=shortest)
     look = dict(fonts=fonts or known.get("fonts"), font_sizes=known.get("font_sizes"))
-    shortest = model.possible_lengths[0] if model.lengths else None
-    texts = dict(text_length=length, shortest=shortest, charset=model.charset)
-    return CaptchaDataset(size, "test", model.input_shape[1:], **texts, **look)
+    size = 512 if limit is None else limit
+    charset = model.charset if model.text_length else known.get("charset", model.charset)
+    return CaptchaDataset(size, "test", model.input_shape[1:], charset=charset, **texts, **look)
 
 
 def origin_of(model: HVAE) -> dict:

@@ -61,7 +61,7 @@ from hvae.validate import InputError, validate_int, validate_number
 OUTER_CONFIG = [("conv", 32, 2), ("conv", 64, 2), ("res", 64), ("conv", 128, 2), ("res", 128)]
 INNER_CONFIG = [[("res", 128)], [("res", 128)], [("conv", 128, 2), ("res", 128)], [("dense", 128)]]
 
-# What the files mean that were written before HVAE had these arguments, see load().
+# The windows of models that were saved before there were any, see load().
 WITHOUT_WINDOWS = {"context": None, "prior_context": None}
 BINARY_DIGITS = dict(
     WITHOUT_WINDOWS,
@@ -214,11 +214,11 @@ class Level(nn.Module):
         self.from_z = project(c_z, c_out, size)
         if top_down:
             self.from_h = nn.Identity() if c_h == c_out else project(c_h, c_out, size)
-        # registered last: a run's state lists the optimizers' moments in the order of parameters
+        # keep these last: a run's state lists the optimizers' moments in the order of parameters
         self.window, self.prior_features, self.flow = window, prior_features, flow
 
     def prior(self, h: Tensor, y: Tensor | None = None) -> Prior:
-        """p(z_l | z_{l+1..L}, y). Of p(z_L) only h's batch size matters, unless it has a window."""
+        """p(z_l | z_{l+1..L}, y). At the top h gives only the batch size, if there is no window."""
         if self.p is None:
             zeros = torch.zeros(len(h), *self.shape, device=h.device)
             p = DiagonalGaussian(zeros, zeros)
@@ -455,11 +455,11 @@ class HVAE(nn.Module):
             else:
                 q, z = drawn[l]
             if closed is not None:
-                q, z = use_prior_mean(q, p.base, z, closed > l)
+                q, z = use_prior_mean(q, p.base, z, is_closed=closed > l)
             log_p = p.log_prob(z)
-            terms.insert(0, LevelTerms(q, p, z, log_p, self.kl(l, q, p, log_p)))
+            terms.insert(0, LevelTerms(q, p, z, log_p, self.kl_term(l, q, p, log_p)))
             h = self.descend(l, h, z, y)
-        return self.p_x(h), terms
+        return self.image_distribution(h), terms
 
     def features(self, x: Tensor, draws: int) -> list[Tensor]:
         """The ladder's deterministic way up: d_1 ... d_L."""
@@ -482,7 +482,7 @@ class HVAE(nn.Module):
             drawn.append((q, z))
         return drawn
 
-    def kl(self, l: int, q: DiagonalGaussian, p: Prior, log_p: Tensor) -> Tensor:
+    def kl_term(self, l: int, q: DiagonalGaussian, p: Prior, log_p: Tensor) -> Tensor:
         """The KL term of a level, (B,) nats: in closed form, or as -H(q) - log p(z_l).
 
         In the chain z_{l+1} was drawn given z_l. The closed form, which averages over z_l for a
@@ -510,7 +510,7 @@ class HVAE(nn.Module):
             if z is None:
                 z = self.levels[l].prior(h, y).sample(temperature, generator)
             h = self.descend(l, h, z, y)
-        return self.p_x(h)
+        return self.image_distribution(h)
 
     def start(self, n: int, y: Tensor | None) -> Tensor:
         """Generation's first features, above z_L; in the chain they carry only the number n."""
@@ -533,7 +533,7 @@ class HVAE(nn.Module):
         """
         return p_x.sample(generator) if self.context is not None else p_x.image
 
-    def p_x(self, h: Tensor) -> ImageDistribution:
+    def image_distribution(self, h: Tensor) -> ImageDistribution:
         """p(x|z) from the last features, without a context in full precision."""
         if self.context is not None:
             return self.context(self.to_image(h))
@@ -614,29 +614,34 @@ class HVAE(nn.Module):
             if text is not None:
                 raise InputError("this model is unconditional (text_length=None): it has no text")
             return None
-        if text is None:
-            device = generator.device if generator else self.device
-            shape = (n, self.text_length)
-            y = torch.randint(len(self.charset), shape, generator=generator, device=device)
-            if self.lengths and n:
-                shares = torch.tensor(self.lengths, dtype=torch.float, device=device)
-                last = shares.multinomial(n, True, generator=generator)[:, None]
-                is_blank = torch.arange(self.text_length, device=device) > last
-                y = y.masked_fill(is_blank, len(self.charset))
-            return y.to(self.device)
+        y = self.random_texts(n, generator) if text is None else self.encode_texts(n, text)
+        return y.to(self.device)
+
+    def random_texts(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """Uniform draws of symbols; of lengths by their frequencies."""
+        device = generator.device if generator else self.device
+        shape = (n, self.text_length)
+        y = torch.randint(len(self.charset), shape, generator=generator, device=device)
+        if self.lengths and n:
+            shares = torch.tensor(self.lengths, dtype=torch.float, device=device)
+            last = shares.multinomial(n, True, generator=generator)[:, None]
+            is_blank = torch.arange(self.text_length, device=device) > last
+            y = y.masked_fill(is_blank, len(self.charset))
+        return y
+
+    def encode_texts(self, n: int, text: str | Sequence[str]) -> Tensor:
+        """One text n times, or n texts."""
         texts = [text] * n if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or len(texts) != n:
             raise InputError(f"text: expected a string or a list of {n}, got {text!r}")
-        texts = [match_case(t, self.charset) if isinstance(t, str) else t for t in texts]
-        for t in texts:
-            fits = isinstance(t, str) and len(t) in self.possible_lengths
-            if not (fits and set(t) <= set(self.charset)):
-                wanted = f"{span(self.possible_lengths)} symbols of {self.charset}"
-                raise InputError(f"text {t!r}: expected {wanted}")
         y = torch.empty(n, self.text_length, dtype=torch.long)
         for row, t in zip(y, texts, strict=True):
-            row.copy_(encode_text(t, self.charset, self.text_length))
-        return y.to(self.device)
+            symbols = match_case(t, self.charset) if isinstance(t, str) else ""
+            if len(symbols) not in self.possible_lengths or not set(symbols) <= set(self.charset):
+                wanted = f"{span(self.possible_lengths)} symbols of {self.charset}"
+                raise InputError(f"text {t!r}: expected {wanted}")
+            row.copy_(encode_text(symbols, self.charset, self.text_length))
+        return y
 
     # ------------------------------------------------------------------------ checks, files
 
@@ -689,8 +694,8 @@ class HVAE(nn.Module):
         """
         x = x[x.isfinite().flatten(1).all(1)]
         if len(x) and not self.to_image.bias.any():  # the constructor's zeros
-            start = self.context or LIKELIHOODS[self.config["likelihood"]]
-            start.start_at(self.to_image.bias, x)
+            distribution = self.context or LIKELIHOODS[self.config["likelihood"]]
+            distribution.start_at(self.to_image.bias, x)
         if len(x) and self.context is not None:
             self.context.start_palette_at(x)
 
@@ -757,12 +762,12 @@ class HVAE(nn.Module):
 
 
 def use_prior_mean(
-    q: DiagonalGaussian, p: DiagonalGaussian, z: Tensor, closed: Tensor
+    q: DiagonalGaussian, p: DiagonalGaussian, z: Tensor, is_closed: Tensor
 ) -> tuple[DiagonalGaussian, Tensor]:
-    """The posterior and the draw of a level that does not see x in the images `closed` (B,)."""
-    closed = closed.view(-1, *[1] * (z.dim() - 1))
-    mu, logvar = torch.where(closed, p.mu, q.mu), torch.where(closed, p.logvar, q.logvar)
-    return DiagonalGaussian(mu, logvar), torch.where(closed, p.mu, z)
+    """The posterior and the draw of a level that does not see x in the images `is_closed` (B,)."""
+    is_closed = is_closed.view(-1, *[1] * (z.dim() - 1))
+    mu, logvar = torch.where(is_closed, p.mu, q.mu), torch.where(is_closed, p.logvar, q.logvar)
+    return DiagonalGaussian(mu, logvar), torch.where(is_closed, p.mu, z)
 
 
 def repeat(x: Tensor, draws: int) -> Tensor:

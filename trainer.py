@@ -11,8 +11,8 @@ Captchas need each of these for samples that follow their text; short runs and d
     closed levels: in the first third of the steps before the last phase, the lowest levels do not
         see x in half of every batch; their z is the mean of the prior's Gaussian. The glyphs of
         these images can only come from the top latents and the text. Half of these images have
-        only the top level open. Later this would fill the upper levels with what the priors of the
-        lower ones draw better.
+        only the top level open. Kept up longer, this fills the upper levels with detail that the
+        priors of the lower ones draw better.
     free_nats: KL of a level that costs nothing, so that the upper levels are used. After a third of
         these steps, of digits after half, free nats become fewer, until there are none.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
@@ -20,11 +20,11 @@ Captchas need each of these for samples that follow their text; short runs and d
         reconstruction is 0.99 of the guess's nats, which teach the latents, plus 0.01 of
         -log p(x|z), enough for the context to learn it. Of binary images the weight
         of -log p(x|z) rises from 0 to 1: early on, a context would explain what latents should.
-    a last phase: with latents frozen, p(x|z) and the windows and the flow of the priors fit what
-        no longer moves, in four updates from each batch. The weight of -log p(x|z) against the
-        guess is 0.3 or more. Priors would learn few images by heart, so they are frozen there.
-    a flow as p(z_L): KL that costs nothing does not move q(z_L) to its prior, so the prior is
-        fitted to q(z_L).
+    a last phase: q is frozen, and only p(x|z), the windows of the priors and the flow learn on, in
+        four updates from each batch. The weight of -log p(x|z) against the guess is 0.3 or more. If
+        images are few, the priors are frozen, too, or they would learn them by heart.
+    a flow as p(z_L): KL that costs nothing trains neither q(z_L) nor its prior, so -log p of the
+        draws of z_L is a term of its own. It trains the flow alone.
 """
 
 import argparse
@@ -179,14 +179,14 @@ def take_steps(
             if is_checkpoint and leads:
                 write_checkpoint(run, val_set, out, keep)
             received = parallel.all_reduce_max(signals.received, run.device)
-            if received:
+            if received:  # assigned only then: another signal may have come in between
                 signals.received = received
                 with parallel.rank_0_first():  # torchrun ends the others as soon as one is gone
                     if leads:
                         save_interrupted(run, out / "state.pt")
                 signals.end_process()
         is_measured = "val_neg_elbo" in run.add_row()
-        if leads and not is_measured:  # it was interrupted at this step, and resumed to end here
+        if leads and not is_measured:  # interrupted at this step, resumed with so many steps in all
             write_checkpoint(run, val_set, out, keep)
     signals.end_process()  # a signal in the last step
 
@@ -252,7 +252,7 @@ def objective(
     is_open = is_open_level(terms, closed)
     kl = (terms.kl * is_open).sum(0)  # (L,)
     free = parallel.all_reduce_sum(is_open.sum(0)) * free_nats
-    # a chain's KL terms can be negative, and count then too
+    # without free nats a KL counts as it is, even if a chain's estimate of it is negative
     is_free = (parallel.all_reduce_sum(kl) <= free) & (free > 0)
     kl = torch.where(is_free, free / parallel.world_size(), kl)
     reconstruction = terms.reconstruction.mean()
@@ -278,11 +278,9 @@ def batch_means(terms: ELBOTerms, closed: Tensor) -> dict[str, float]:
     sees_x = is_open[:, :1]  # at every level
     nats = terms.reconstruction[:, None]
     counted = torch.cat([sees_x, ~sees_x, is_open], 1)
-    values = torch.cat([nats, nats, terms.kl], 1)
-    counts = parallel.all_reduce_sum(counted.sum(0)).tolist()
-    sums = parallel.all_reduce_sum(torch.where(counted, values, 0).sum(0)).tolist()
-    means = [total / max(1, n) for total, n in zip(sums, counts, strict=True)]
-    reconstruction, of_closed, *kl = means
+    values = torch.where(counted, torch.cat([nats, nats, terms.kl], 1), 0)
+    counts, sums = parallel.all_reduce_sum(torch.stack([counted.to(values), values]).sum(1))
+    reconstruction, of_closed, *kl = (sums / counts.clamp(min=1)).tolist()
     row = {"neg_elbo": reconstruction + sum(kl), "reconstruction": reconstruction}
     if counts[1]:
         row["reconstruction_closed"] = of_closed
@@ -439,9 +437,7 @@ def begin_with(checkpoint: str | Path, dataset: Dataset, **arguments) -> HVAE:
 
 def data_arguments(dataset: Dataset) -> dict:
     """The arguments of HVAE that follow from the data's images and texts."""
-    if len(dataset) == 0:
-        raise InputError("the training set has no images")
-    image, _ = dataset[0]
+    image, _ = first_item(dataset)
     source = source_of(dataset)
     arguments = dict(
         input_channels=image.shape[0],
@@ -457,6 +453,16 @@ def data_arguments(dataset: Dataset) -> dict:
                 f"{max(possible_lengths(lengths))} symbols"
             )
     return arguments
+
+
+def first_item(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """The first image and its label; InputError if there is none, or it is no tensor."""
+    if len(dataset) == 0:
+        raise InputError("the data set has no images")
+    image, label = dataset[0]
+    if not isinstance(image, Tensor):
+        raise InputError(f"the data's images are {type(image).__name__}, not tensors")
+    return image, label
 
 
 def source_of(dataset: Dataset | None) -> Dataset | None:
@@ -489,11 +495,7 @@ def validate_sets(model: HVAE, hp: Hyperparameters, train_set: Dataset, val_set:
 
 def validate_data(model: HVAE, dataset: Dataset) -> None:
     """Raises InputError if a data set is empty, or its images or texts are not the model's."""
-    if len(dataset) == 0:
-        raise InputError("the data set has no images")
-    image, label = dataset[0]
-    if not isinstance(image, Tensor):
-        raise InputError(f"the data's images are {type(image).__name__}, not tensors")
+    image, label = first_item(dataset)
     if tuple(image.shape) != model.input_shape:
         raise InputError(
             f"the data's images are {tuple(image.shape)}, the model's {model.input_shape}"
@@ -580,7 +582,8 @@ def training_parser() -> argparse.ArgumentParser:
     add("--images", type=int, help="images to render (default: a million), or to evaluate on")
     add("--workers", type=int, default=1, help="processes that load or render")
     add = parser.add_argument_group("model").add_argument
-    add("--config", choices=tuple(CONFIGS), default="captcha", help="architecture and training")
+    by_data = "architecture and training; default: captcha, or mnist-hvae with --data mnist"
+    add("--config", choices=tuple(CONFIGS), help=by_data)
     add("--init", type=path_argument, metavar="FILE", help="begin with this checkpoint's weights")
     add("--inference", choices=("top-down", "bottom-up"), help="the form of q(z|x)")
     add("--likelihood", choices=("gaussian", "logistic", "bernoulli"), help="p(x|z)")
@@ -624,8 +627,7 @@ def parse(
     parser = training_parser()
     args = parser.parse_args(arguments)
     given = given_options(parser, arguments, args)
-    by_data = args.data == "mnist" and "config" not in given
-    config = "mnist-hvae" if by_data else args.config
+    config = args.config or ("mnist-hvae" if args.data == "mnist" else "captcha")
     parser.set_defaults(config=config, **TRAINING[config])
     if config.startswith("mnist") and not args.folder:
         parser.set_defaults(data="mnist")

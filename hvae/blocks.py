@@ -303,7 +303,7 @@ class Res(nn.Module):
 
 
 def group_norm(groups: int, c: int, size: Size) -> nn.Module:
-    """Group normalisation, of no group with a single value, which it would set to 0."""
+    """Group normalisation. Groups of one value, which it would set to 0, are merged into one."""
     if c * math.prod(size) == 1:
         return nn.Identity()
     return nn.GroupNorm(1 if c * math.prod(size) == groups else groups, c)

@@ -40,12 +40,11 @@ def evaluate(
     rows, bounds = [], []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        binariser = torch.Generator(device).manual_seed(seed)  # the same images for any draws
+        binariser = torch.Generator().manual_seed(seed)  # the same images for any draws
         loader = DataLoader(dataset, batch_size // draws)
         for x, y in tqdm(loader, desc="evaluate", delay=20, leave=False):
-            x = x.to(device)
+            x = (binarised(x, binariser) if binarise else x).to(device)
             y = y.to(device) if model.text_length is not None else None
-            x = binarised(x, binariser) if binarise else x
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 terms = [
                     model(x, y, draws=min(draws, importance_samples - first))

@@ -188,11 +188,10 @@ class Hyperparameters:
 
     def lr_at(self, step: int) -> float:
         """In each phase a linear rise, then half a cosine from lr to 2% of it."""
-        steps, warmup = self.frozen_from, self.warmup
-        if step >= self.frozen_from:
-            step, steps = step - self.frozen_from, self.steps - self.frozen_from
-        if self.frozen_from < self.steps:
-            warmup = min(warmup, steps // 2)
+        frozen_from = self.frozen_from
+        first, end = (0, frozen_from) if step < frozen_from else (frozen_from, self.steps)
+        step, steps = step - first, end - first
+        warmup = min(self.warmup, steps // 2) if frozen_from < self.steps else self.warmup
         if step < warmup:
             return self.lr * (step + 1) / warmup
         done = (step - warmup) / max(1, steps - warmup)

@@ -134,7 +134,6 @@ class Run:
             optimizers=groups,
             clip=vars(self.clip),
             began_with=self.began_with,
-            provenance=self.average.module.provenance,
         )
         write_tensors(path, tensors, metadata)
 
@@ -148,6 +147,31 @@ class Run:
         if missing := {"step", "config", "optimizers"} - metadata.keys():
             lacks = ", ".join(sorted(missing))
             raise InputError(f"{path}: not a training state; it lacks {lacks}")
+        self.compare(path, metadata)
+        for name, module in (("model", self.model), ("average", self.average)):
+            prefix = f"{name}."
+            weights = {
+                k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
+            }
+            if weights.keys() != module.state_dict().keys():
+                raise InputError(
+                    f"{path}: another version of this code trained it, with other layers"
+                )
+            module.load_state_dict(weights)
+        for optimizer, groups in zip(self.optimizers, metadata["optimizers"], strict=True):
+            restore_optimizer(optimizer, tensors, groups)
+        vars(self.clip).update(metadata["clip"])
+        for name in ("step", "seconds", "history", "recent", "began_with"):
+            setattr(self, name, metadata[name])
+        if metadata.get("is_frozen") and self.step >= self.hp.frozen_from:
+            self.freeze()
+        torch.set_rng_state(tensors["rng"])
+        for i in range(torch.cuda.device_count()):
+            if f"rng_cuda.{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"rng_cuda.{i}"], i)
+
+    def compare(self, path: Path, metadata: dict) -> None:
+        """Raises InputError if a state's architecture differs, warns of other settings or data."""
         config = architecture(json.loads(json.dumps(self.model.config)))
         old = architecture(metadata["config"])
         names = sorted(k for k in config.keys() | old.keys() if config.get(k) != old.get(k))
@@ -164,29 +188,7 @@ class Run:
         if without_place(metadata.get("data", data)) != without_place(data):
             changes.append("other data")
         if changes:
-            warnings.warn(f"{path}: resuming with {', '.join(changes)}", stacklevel=2)
-        for name, module in (("model", self.model), ("average", self.average)):
-            prefix = f"{name}."
-            weights = {
-                k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
-            }
-            if weights.keys() != module.state_dict().keys():
-                raise InputError(
-                    f"{path}: another version of this code trained it, with other layers"
-                )
-            module.load_state_dict(weights)
-        for optimizer, groups in zip(self.optimizers, metadata["optimizers"], strict=True):
-            restore_optimizer(optimizer, tensors, groups)
-        vars(self.clip).update(metadata["clip"])
-        for name in ("step", "seconds", "history", "recent", "began_with"):
-            setattr(self, name, metadata[name])
-        self.average.module.provenance = metadata["provenance"]
-        if metadata.get("is_frozen") and self.step >= self.hp.frozen_from:
-            self.freeze()
-        torch.set_rng_state(tensors["rng"])
-        for i in range(torch.cuda.device_count()):
-            if f"rng_cuda.{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"rng_cuda.{i}"], i)
+            warnings.warn(f"{path}: resuming with {', '.join(changes)}", stacklevel=3)
 
 
 def architecture(config: dict) -> dict:

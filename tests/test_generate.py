@@ -265,6 +265,25 @@ def test_resuming_keeps_the_labels_of_other_pictures(conditional, capsys):
     assert Path("out/labels.csv").read_text() == "name,text\nmine.png,AB\n"
 
 
+@pytest.mark.parametrize("kind", ["conditional", "unconditional"])
+def test_resuming_does_not_mix_with_other_files(kind, request, capsys):
+    Path("photos").mkdir()
+    Path("photos/cat.png").write_text("a photograph")
+    with pytest.raises(SystemExit):
+        run(request.getfixturevalue(kind), "--n", 2, "--individual", "photos", "--resume")
+    assert "photos has other files, such as cat.png" in capsys.readouterr().err
+    assert written("photos") == ["cat.png"]
+
+
+def test_held_out_renders_are_like_those_of_an_unconditional_models_training():
+    texts = dict(text_length=6, shortest=5, charset="xyz", font_sizes=[20])
+    data = CaptchaDataset(9, image_size=(H, W), **texts)
+    model = tiny(text_length=None, input_channels=3)
+    model.provenance["data"] = data.description
+    held_out = generate.held_out_images(model, limit=7)
+    assert held_out.description == {**data.description, "split": "test", "size": 7}
+
+
 def test_titles_are_not_formulas():
     """Two dollars would be: with this in between, one that matplotlib cannot read."""
     figure = plot_samples(tiny(charset="$^"), n=2, text="$^", path="figure.png")

@@ -851,8 +851,8 @@ def test_loss_by_hand(inference, closed, beta, free_nats):
 def test_open_loss_is_the_negative_elbo(inference, shift, monkeypatch):
     """Also where -H(q) - log p(z_1|z_2) of a chain is negative, which it can be."""
     model, x = tiny(inference=inference).eval(), bar_batch()
-    kl = model.kl
-    monkeypatch.setattr(model, "kl", lambda *arguments: kl(*arguments) - shift)
+    kl = model.kl_term
+    monkeypatch.setattr(model, "kl_term", lambda *arguments: kl(*arguments) - shift)
     loss, means = loss_and_means(model, x)
     torch.manual_seed(1)
     assert loss.item() == pytest.approx(-model(x).elbo.mean().item(), rel=1e-5)
@@ -1044,6 +1044,20 @@ def test_images_that_are_not_tensors(tmp_path):
     data = [(torch.zeros(1, 8, 12).numpy(), torch.zeros(0))] * 20
     with pytest.raises(ValueError, match="ndarray, not tensors"):
         fit(tmp_path, tiny(), data)
+
+
+def test_images_that_are_pictures_and_no_model(tmp_path):
+    data = [(Image.new("RGB", (8, 8)), torch.zeros(0))] * 20
+    with pytest.raises(ValueError, match="Image, not tensors"):
+        fit(tmp_path, None, data)
+
+
+def test_fonts_have_no_effect_on_the_images_of_a_folder(tmp_path):
+    data = CaptchaFolder(image_folder(tmp_path / "images", ["A"] * 20))
+    model = trainer.model_for(data, **TINY, **WITHOUT_WINDOWS)
+    model.provenance["data"] = data.description
+    with pytest.raises(ValueError, match="fonts: .* no effect on the images of a folder"):
+        held_out_images(model, fonts=["DroidSansMono.ttf"])
 
 
 def test_a_subset_of_a_folder_is_known_as_one(tmp_path):

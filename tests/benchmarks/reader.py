@@ -114,7 +114,7 @@ def renders_like(model: HVAE, n: int) -> CaptchaDataset:
         raise InputError("the measures are for models of rendered captchas, not of other images")
     if model.input_shape[0] != 3 or model.text_length is None:
         raise InputError("the measures are for models of rendered captchas, in colour, with texts")
-    return held_out_images(model, "captcha", limit=n, fonts=origin.get("fonts"))
+    return held_out_images(model, limit=n)
 
 
 def load_reader(path: Path, model: HVAE, steps: int = 2500) -> Reader:
