@@ -477,14 +477,15 @@ def held_out_images(
     if data is None and origin.get("renderer") != "captcha":
         raise InputError("the model was not trained on plain renders; name a --folder or --data")
     known = origin if data is None else {}
-    texts = dict(text_length=known.get("text_length", 4), shortest=known.get("shortest"))
+    look = dict(fonts=fonts or known.get("fonts"), font_sizes=known.get("font_sizes"))
     if model.text_length:
         shortest = model.possible_lengths[0] if model.lengths else None
-        texts = dict(text_length=model.text_length, shortest=shortest)
-    look = dict(fonts=fonts or known.get("fonts"), font_sizes=known.get("font_sizes"))
+        texts = dict(text_length=model.text_length, shortest=shortest, charset=model.charset)
+    else:  # those of its training
+        names = ("text_length", "shortest", "charset")
+        texts = {name: known[name] for name in names if name in known}
     size = 512 if limit is None else limit
-    charset = model.charset if model.text_length else known.get("charset", model.charset)
-    return CaptchaDataset(size, "test", model.input_shape[1:], charset=charset, **texts, **look)
+    return CaptchaDataset(size, "test", model.input_shape[1:], **texts, **look)
 
 
 def origin_of(model: HVAE) -> dict:
