@@ -437,7 +437,9 @@ def test_a_density_has_no_context():
         HVAE(likelihood="gaussian", context=(2, 2))
 
 
-def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys):
+def test_command_line_adds_a_context_to_a_checkpoint(tmp_path, capsys, monkeypatch):
+    for pictures in ("plot_history", "save_figures"):  # they take longer than the rest
+        monkeypatch.setattr(trainer, pictures, lambda *_: None)
     torch.manual_seed(0)
     outer = [("conv", 8, 2), ("res", 8)]
     size, texts = (16, 32), dict(text_length=2, charset="AB")
