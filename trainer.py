@@ -20,9 +20,12 @@ Captchas need each of these for samples that follow their text; short runs and d
         reconstruction is 0.99 of the guess's nats, which teach the latents, plus 0.01 of
         -log p(x|z), enough for the context to learn it. Of binary images the weight
         of -log p(x|z) rises from 0 to 1: early on, a context would explain what latents should.
-    a last phase: q is frozen, and only p(x|z), the windows of the priors and the flow learn on, in
-        four updates from each batch. The weight of -log p(x|z) against the guess is 0.3 or more. If
-        images are few, the priors are frozen, too, or they would learn them by heart.
+    a last phase: q is frozen, and only p(x|z), the windows of the priors and the flow learn on. The
+        weight of -log p(x|z) against the guess is 0.3 or more. If images are few, the priors are
+        frozen, too, or they would learn them by heart.
+    four updates from each batch, in the last phase and the first sixteenth of a run that has one.
+        p(x|z) learns most from small batches; z does not need them, and they take longer.
+    a second stage: in the end the upper priors are fitted to q once more, see hvae/fit_prior.py.
     a flow as p(z_L): KL that costs nothing trains neither q(z_L) nor its prior, so -log p of the
         draws of z_L is a term of its own. It trains the flow alone.
 """
@@ -60,7 +63,7 @@ from hvae.text import DIGITS, UPPERCASE, possible_lengths, span
 from hvae.validate import InputError, validate_int
 from model import CONFIGS, HVAE, ELBOTerms, Level
 
-FROZEN_UPDATES = 4  # from each batch of the last phase: the context learns most from small ones
+PRIOR_STEPS = 8  # of a run for each of those that fit the upper priors in the end
 VERSION = "2.2"  # of this code, written into every checkpoint
 
 
@@ -206,10 +209,9 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     y = y.to(device, non_blocking=True) if model.text_length is not None else None
     closed = parallel.shard(hp.closed_at(run.step, len(model.levels))).to(device)
 
-    # parts have two images or more, as batch normalisation needs
-    n = max(1, min(len(x) // 2, FROZEN_UPDATES)) if run.is_frozen else 1
-    texts = [None] * n if y is None else y.tensor_split(n)
-    parts = zip(x.tensor_split(n), texts, closed.tensor_split(n), strict=True)
+    # parts have two images or more, as batch normalisation needs, and alike shares of closed ones
+    n = max(1, min(len(x) // 2, hp.updates_at(run.step)))
+    parts = [(x[i::n], None if y is None else y[i::n], closed[i::n]) for i in range(n)]
     rows = [update(run, *part) for part in parts]
     run.step += 1
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

@@ -212,6 +212,11 @@ class Hyperparameters:
             weight += (1 - weight) * min(1.0, step / (self.pixel_rise * self.steps))
         return max(weight, FROZEN_PIXEL_WEIGHT) if step >= self.frozen_from else weight
 
+    def updates_at(self, step: int) -> int:
+        """How many from each batch: four in the last phase and, if there is one, at the start."""
+        is_early = bool(self.frozen_share) and 16 * step < self.steps
+        return 4 if is_early or step >= self.frozen_from else 1
+
     def closed_at(self, step: int, levels: int) -> Tensor:
         """(batch_size,): how many of the lowest levels are closed, for each image of a batch."""
         closed = torch.zeros(self.batch_size, dtype=torch.long)

@@ -1005,13 +1005,24 @@ def test_few_images_are_augmented():
     assert (hp.shift, hp.warp) == (0, 0)
 
 
-def test_a_batch_of_the_last_phase_makes_four_updates(tmp_path, monkeypatch):
+def test_a_batch_makes_four_updates_at_the_start_and_in_the_last_phase(tmp_path, monkeypatch):
+    """Of the images whose lower levels are closed, each update has as many."""
     sizes, original = [], trainer.update
-    record = lambda run, x, *rest: sizes.append(len(x)) or original(run, x, *rest)
+    record = lambda run, x, y, closed: (
+        sizes.append((len(x), int((closed > 0).sum()))) or original(run, x, y, closed)
+    )
     monkeypatch.setattr(trainer, "update", record)
-    _, history = fit(tmp_path, with_context(), steps=4, batch_size=8, frozen_share=0.5)
-    assert sizes == [8] * 2 + [2] * 8
-    assert history[-1]["step"] == 4 and history[-1]["images"] == 32
+    options = dict(batch_size=8, frozen_share=0.5, closed_share=0.5)
+    model = tiny(likelihood="logistic", context=(1, 1))
+    _, history = fit(tmp_path, model, steps=17, **options)
+    assert sizes == [(2, 1)] * 8 + [(8, 4)] + [(8, 0)] * 6 + [(2, 0)] * 32
+    assert history[-1]["step"] == 17 and history[-1]["images"] == 136
+
+
+def test_a_run_without_a_last_phase_makes_one_update_of_each_batch():
+    hp = Hyperparameters(steps=160)
+    hp.fit_to(HVAE())
+    assert [hp.updates_at(step) for step in range(160)] == [1] * 160
 
 
 def test_levels_are_closed_in_the_first_third(tmp_path, monkeypatch):
