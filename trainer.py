@@ -55,6 +55,7 @@ from hvae.checkpoint import has_state, locked, write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import binarised
 from hvae.evaluation import evaluate
+from hvae.fit_prior import fit_prior, upper_priors
 from hvae.hyperparameters import TRAINING, Hyperparameters
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import plot_history, write_image
@@ -85,9 +86,8 @@ def train(
 ) -> tuple[HVAE, list[dict]]:
     """Trains a model; returns the best one, with averaged weights, and its history.
 
-    The folder `out` receives hvae.pt (the averaged model of the best held-out -ELBO), metrics.csv
-    (the history), loss.png, samples.png, and state.pt, from which `resume=True` goes on as if there
-    had been no interruption (Run.load in hvae/run.py). Ctrl-C and SIGTERM save the state first.
+    The folder `out` receives hvae.pt (the averaged model of the best held-out -ELBO), metrics.csv,
+    loss.png, samples.png and state.pt: after Ctrl-C or SIGTERM, resume=True goes on where it ended.
 
     Args:
         model: None is HVAE() for the data's images and texts.
@@ -126,6 +126,7 @@ def train(
         begin_or_resume(run, train_set, out, resume)
         try:
             take_steps(run, train_set, val_set, out, workers, keep)
+            fit_upper_priors(run, train_set, val_set, out, workers)
         finally:
             run.unfreeze()
     with parallel.rank_0_first():  # which has written it
@@ -194,8 +195,28 @@ def take_steps(
     signals.end_process()  # a signal in the last step
 
 
+def fit_upper_priors(
+    run: Run, train_set: Dataset, val_set: Dataset, out: Path, workers: int
+) -> None:
+    """After a last phase in which priors learned: fits those of the best model to its q."""
+    steps = run.hp.steps // PRIOR_STEPS if run.hp.frozen_share and not run.has_few_images else 0
+    if not steps or parallel.rank() > 0 or not len(upper_priors(run.model)):
+        return
+    model = HVAE.load(out / "hvae.pt", run.device)
+    if "prior_fit" in model.provenance:  # this run had ended before
+        return
+    images = Subset(train_set, range(min(10 * steps, len(train_set))))
+    fit_prior(model, images, steps=steps, workers=workers)
+    metrics = evaluate(model, val_set, batch_size=run.hp.batch_size, bf16=run.bf16)
+    if metrics["elbo"] > model.provenance["held_out"]["elbo"]:
+        model.provenance["held_out"] = metrics
+        model.save(out / "hvae.pt")
+        write_image(sample_sheet(model, 32, seed=run.hp.seed), out / "samples.png")
+        tqdm.write(f"upper priors fitted: held out -elbo {-metrics['elbo']:,.1f} nats")
+
+
 def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Learns from a batch: in one update, in the last phase in four. Returns the ELBO's terms."""
+    """Learns from a batch, in one update or several. Returns the ELBO's terms, their means."""
     model, hp, device = run.model, run.hp, run.device
     if run.step >= hp.frozen_from and not run.is_frozen:
         run.begin_last_phase()

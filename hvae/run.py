@@ -44,6 +44,7 @@ class Run:
         if model.context is not None:
             model.context.window_noise = hp.window_noise
         self.settings = {**asdict(hp), "images": images}
+        self.has_few_images = images < FEW_IMAGES
         self.device, self.bf16, self.description = device, bf16, description
         self.forward = data_parallel(model)
         self.is_frozen = False
@@ -66,7 +67,7 @@ class Run:
         self.freeze()
 
     def freeze(self) -> None:
-        self.model.freeze_latents(priors_too=self.settings["images"] < FEW_IMAGES)
+        self.model.freeze_latents(priors_too=self.has_few_images)
         for p in set(self.model.parameters()) - set(self.trainable):
             p.requires_grad_(False)
         self.forward = data_parallel(self.model)  # it reads requires_grad only when it is built

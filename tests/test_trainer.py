@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import fit_prior as fit_prior_script
-from benchmarks.fit_prior import fit_prior
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -31,6 +30,7 @@ import trainer
 from dataset import CaptchaDataset, CaptchaFolder
 from generate import held_out_images, save_figures
 from hvae.checkpoint import read_tensors, write_csv, write_tensors
+from hvae.fit_prior import fit_prior
 from hvae.run import GradientClipper, ema_with_warmup
 from model import CONFIGS, HVAE, WITHOUT_WINDOWS
 from trainer import (
@@ -1143,6 +1143,46 @@ def test_no_prior_to_fit():
         fit_prior(chain, bars())
     with pytest.raises(ValueError, match="nothing to fit"):
         fit_prior(tiny(**VECTOR_TOP, flow=0), bars())
+
+
+def long_run(out, monkeypatch, **arguments):
+    """A run that ends by fitting the flow of its z_2 in as many updates as it had steps."""
+    monkeypatch.setattr(trainer, "PRIOR_STEPS", 1)
+    model = with_context(**VECTOR_TOP, flow=2)
+    nn.init.normal_(model.levels[1].q.out.bias[:4], std=2.0)
+    options = dict(steps=24, frozen_share=0.25, eval_every=24, keep=True)
+    return fit(out, model, bars(6000), **{**options, **arguments})
+
+
+def test_a_long_run_fits_the_upper_priors_in_the_end(tmp_path, monkeypatch):
+    model, history = long_run(tmp_path, monkeypatch)
+    assert model.provenance["prior_fit"] == {"images": 240, "steps": 24, "batch_size": 128}
+    assert -model.provenance["held_out"]["elbo"] < history[-1]["val_neg_elbo"] - 0.1
+    before = HVAE.load(tmp_path / "hvae-000024.pt").state_dict()
+    changed = [name for name, w in model.state_dict().items() if not torch.equal(w, before[name])]
+    assert changed and all(name.startswith("levels.1.flow") for name in changed)
+    written = (tmp_path / "hvae.pt").read_bytes()
+    long_run(tmp_path, monkeypatch, resume=True)
+    assert (tmp_path / "hvae.pt").read_bytes() == written
+
+
+def test_upper_priors_that_got_worse_are_not_kept(tmp_path, monkeypatch):
+    spoil = lambda model, *_, **__: model.levels[1].flow.couplings[0].net[-1].bias.data.fill_(9)
+    monkeypatch.setattr(trainer, "fit_prior", spoil)
+    model, _ = long_run(tmp_path, monkeypatch)
+    kept = HVAE.load(tmp_path / "hvae-000024.pt").state_dict()
+    assert all(map(torch.equal, model.state_dict().values(), kept.values()))
+
+
+@pytest.mark.parametrize("changes", [{"frozen_share": 0}, {"model": with_context}])
+def test_runs_that_have_no_priors_to_fit(changes, tmp_path, monkeypatch):
+    """Without a last phase q moves to the end; this model has neither a flow nor such a map."""
+    monkeypatch.setattr(trainer, "fit_prior", lambda *_, **__: pytest.fail("nothing to fit"))
+    if "model" in changes:
+        monkeypatch.setattr(trainer, "PRIOR_STEPS", 1)
+        fit(tmp_path, with_context(), bars(6000), steps=4, frozen_share=0.5)
+    else:
+        long_run(tmp_path, monkeypatch, **changes)
 
 
 # ---------------------------------------------------------------------------- optimisation

@@ -1,128 +1,24 @@
-"""Fits the upper priors to q of a trained model, and changes nothing else.
+"""Fits the upper priors to q of a trained model, and changes nothing else: see hvae/fit_prior.py.
 
     python tests/benchmarks/fit_prior.py run/hvae.pt --images 100000 --out fitted.pt
 
-These are p(z_L), a flow, and in a ladder the mixtures in the prior of the map below a vector.
-Nothing that q sees depends on them. The images are of the kind that the model was trained on:
-renders, or a folder.
+The images are of the kind that the model was trained on: renders, or a folder.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm, trange
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from generate import held_out_images
 from hvae.cli import make_parser, one_line_errors, path_argument
-from hvae.distributions import DiagonalGaussian, binarised
 from hvae.evaluation import evaluate
-from hvae.optimizer import make_optimizers
-from hvae.parallel import has_bf16, ignore_interrupts, keep_memory, pick_device
-from hvae.prior import WindowPrior
+from hvae.fit_prior import fit_prior
+from hvae.parallel import keep_memory, pick_device
 from hvae.validate import InputError
-from model import HVAE, Level
-from trainer import VERSION, Hyperparameters, flow_loss
-
-
-def fit_prior(
-    model: HVAE,
-    dataset: Dataset,
-    *,
-    steps: int = 4000,
-    batch_size: int = 128,
-    lr: float = 2e-3,
-    workers: int = 1,
-    seed: int = 0,
-) -> HVAE:
-    """Fits p(z_L)'s flow, and the mixtures in the prior of the map below a vector, to q.
-
-    Where q and a prior differ, samples do not look like reconstructions; this takes minutes (a
-    second stage, as in Dai & Wipf 2019, section 4). Changes the model and returns it in eval mode.
-
-    Raises:
-        ValueError: the model has no such priors.
-    """
-    top, below = model.eval().levels[-1], map_below_vector(model)
-    if top.flow is None and below is None:
-        raise InputError("this model has neither a flow nor a map below a vector: nothing to fit")
-    torch.manual_seed(seed)
-    loader = DataLoader(dataset, 100, num_workers=workers, worker_init_fn=ignore_interrupts)
-    encoded = encode(model, loader)
-
-    modules = [top.flow] if below is None else [top.flow, below.window, below.prior_features]
-    priors = nn.ModuleList(module for module in modules if module is not None)
-    average = AveragedModel(priors, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    optimizers = make_optimizers(priors, lr)
-    hp = Hyperparameters(steps=steps, lr=lr, warmup=steps // 20, frozen_share=0)
-    bar = trange(steps, desc="priors", unit="step", dynamic_ncols=True, mininterval=1)
-    for step in bar:
-        i = torch.randint(len(encoded["top_mu"]), (batch_size,), device=model.device)
-        loss = prior_loss(top, below, {name: rows[i] for name, rows in encoded.items()})
-        priors.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(priors.parameters(), 5.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = hp.lr_at(step)
-            optimizer.step()
-        average.update_parameters(priors)
-        bar.set_postfix_str(f"-log p {loss.item():.2f} nats", refresh=False)
-    priors.load_state_dict(average.module.state_dict())
-    fit = {"images": len(dataset), "steps": steps, "batch_size": batch_size}
-    model.provenance = {**model.provenance, "prior_fit": fit, "version": VERSION}
-    return model
-
-
-def map_below_vector(model: HVAE) -> Level | None:
-    """The level below a vector, of a ladder. A chain draws that vector from this level's z."""
-    levels = [level for level in model.levels if level.prior_features is not None]
-    return levels[0] if levels and model.top_down else None
-
-
-def prior_loss(top: Level, below: Level | None, rows: dict[str, Tensor]) -> Tensor:
-    """-log p of draws of q, summed over both levels, mean in nats."""
-    draw = lambda name: DiagonalGaussian(rows[f"{name}_mu"], rows[f"{name}_logvar"]).sample()
-    loss = 0 if top.flow is None else flow_loss(top, draw("top"))
-    if below is None:
-        return loss
-    base = DiagonalGaussian(rows["base_mu"], rows["base_logvar"])
-    features = below.prior_features(rows["h"].float(), rows.get("y"))
-    return loss - WindowPrior(base, below.window, features).log_prob(draw("below")).mean()
-
-
-@torch.no_grad()
-def encode(model: HVAE, loader: DataLoader) -> dict[str, Tensor]:
-    """What prior_loss() needs, a row for each image: q, and of the map its h, base and text."""
-    device, below, batches = model.device, map_below_vector(model), []
-    k = len(model.levels) - 1 if below is None else list(model.levels).index(below)
-    for x, y in tqdm(loader, desc="encode", unit="batch", dynamic_ncols=True, mininterval=1):
-        x = binarised(x) if model.binarised else x
-        y = y.to(device) if model.text_length is not None else None
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
-        with autocast:
-            _, levels = model.infer(x.to(device), y)
-            h = model.start(len(x), y)
-            for l in reversed(range(k + 1, len(levels))):
-                h = model.descend(l, h, levels[l].z, y)
-        rows = {"top_mu": levels[-1].q.mu, "top_logvar": levels[-1].q.logvar}
-        if below is not None:
-            q, p, *_ = levels[k]
-            rows.update(below_mu=q.mu, below_logvar=q.logvar, h=h.half())
-            rows.update(base_mu=p.base.mu, base_logvar=p.base.logvar)
-            rows.update({} if y is None else {"y": y})
-        batches.append(rows)
-        if not all(row.isfinite().all() for row in rows.values()):
-            n = loader.batch_size * len(batches)
-            raise FloatingPointError(f"q(z|x) is not finite for one of the first {n} images")
-    names = list(batches[0])
-    return {name: torch.cat([rows.pop(name) for rows in batches]) for name in names}
+from model import HVAE
+from trainer import VERSION
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -141,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = held_out_images(model)
         fit_prior(model, data.other_split("train", args.images), steps=args.steps)
         metrics = evaluate(model, data.other_split("val", 512))
-        model.provenance["held_out"] = metrics
+        model.provenance.update(held_out=metrics, version=VERSION)
         model.save(args.out)
         kl = ", ".join(f"{nats:.1f}" for nats in reversed(metrics["kl"]))
         print(f"-ELBO {-metrics['elbo']:,.1f} nats, KL of z_L to z_1 {kl}: {args.out}")
