@@ -1166,6 +1166,15 @@ def test_a_long_run_fits_the_upper_priors_in_the_end(tmp_path, monkeypatch):
     assert (tmp_path / "hvae.pt").read_bytes() == written
 
 
+def test_interrupted_while_it_fits_the_upper_priors(tmp_path, monkeypatch):
+    expected, _ = long_run(tmp_path / "whole", monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "fit_prior", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        long_run(tmp_path / "parts", monkeypatch)
+    resumed, _ = long_run(tmp_path / "parts", monkeypatch, resume=True)
+    assert same(resumed.state_dict(), expected.state_dict())
+
+
 def test_upper_priors_that_got_worse_are_not_kept(tmp_path, monkeypatch):
     spoil = lambda model, *_, **__: model.levels[1].flow.couplings[0].net[-1].bias.data.fill_(9)
     monkeypatch.setattr(trainer, "fit_prior", spoil)
