@@ -24,8 +24,8 @@ Captchas need each of these for samples that follow their text; short runs and d
         weight of -log p(x|z) against the guess is 0.3 or more. If images are few, the priors are
         frozen, too, or they would learn them by heart.
     four updates from each batch, in the last phase and the first sixteenth of a run that has one.
-        p(x|z) learns most from small batches; z does not need them, and they take longer.
-    a second stage: in the end the upper priors are fitted to q once more, see hvae/fit_prior.py.
+        p(x|z) learns most from small batches. For z they are no better, and they take longer.
+    a last fit: in the end the upper priors are fitted to q once more, see hvae/fit_prior.py.
     a flow as p(z_L): KL that costs nothing trains neither q(z_L) nor its prior, so -log p of the
         draws of z_L is a term of its own. It trains the flow alone.
 """
@@ -64,7 +64,8 @@ from hvae.text import DIGITS, UPPERCASE, possible_lengths, span
 from hvae.validate import InputError, validate_int
 from model import CONFIGS, HVAE, ELBOTerms, Level
 
-PRIOR_STEPS = 8  # of a run for each of those that fit the upper priors in the end
+STEPS_PER_PRIOR_UPDATE = 8  # of those that fit the upper priors in the end
+MOST_PIXELS = 500_000_000  # of the images for that: bounds the memory, to a gigabyte or so
 VERSION = "2.2"  # of this code, written into every checkpoint
 
 
@@ -199,19 +200,23 @@ def fit_upper_priors(
     run: Run, train_set: Dataset, val_set: Dataset, out: Path, workers: int
 ) -> None:
     """After a last phase in which priors learned: fits those of the best model to its q."""
-    steps = run.hp.steps // PRIOR_STEPS if run.hp.frozen_share and not run.has_few_images else 0
-    if not steps or parallel.rank() > 0 or not len(upper_priors(run.model)):
+    hp, steps = run.hp, run.hp.steps // STEPS_PER_PRIOR_UPDATE
+    priors_learned = hp.has_last_phase and not run.has_few_images
+    if not (steps and priors_learned and len(upper_priors(run.model)) and parallel.rank() == 0):
         return
     model = HVAE.load(out / "hvae.pt", run.device)
-    if "prior_fit" in model.provenance:  # this run had ended before
+    if "prior_fit" in model.provenance:
         return
-    images = Subset(train_set, range(min(10 * steps, len(train_set))))
-    fit_prior(model, images, steps=steps, workers=workers)
-    metrics = evaluate(model, val_set, batch_size=run.hp.batch_size, bf16=run.bf16)
-    if metrics["elbo"] > model.provenance["held_out"]["elbo"]:
+    before = model.provenance["held_out"]["elbo"]
+    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(hp.seed))
+    n = min(10 * steps, MOST_PIXELS // math.prod(model.input_shape[1:]))
+    images = Subset(train_set, order[:n].tolist())  # a folder's are sorted by text
+    fit_prior(model, images, steps=steps, workers=workers, seed=hp.seed)
+    metrics = evaluate(model, val_set, batch_size=hp.batch_size, bf16=run.bf16)
+    if metrics["elbo"] > before:
         model.provenance["held_out"] = metrics
+        write_image(sample_sheet(model, 32, seed=hp.seed), out / "samples.png")
         model.save(out / "hvae.pt")
-        write_image(sample_sheet(model, 32, seed=run.hp.seed), out / "samples.png")
         tqdm.write(f"upper priors fitted: held out -elbo {-metrics['elbo']:,.1f} nats")
 
 
@@ -233,12 +238,12 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> dict[str, float]:
     # parts have two images or more, as batch normalisation needs, and alike shares of closed ones
     n = max(1, min(len(x) // 2, hp.updates_at(run.step)))
     parts = [(x[i::n], None if y is None else y[i::n], closed[i::n]) for i in range(n)]
-    rows = [update(run, *part) for part in parts]
+    terms = joined([update(run, *part) for part in parts])
     run.step += 1
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return batch_means(terms, torch.cat([closed for *_, closed in parts]))
 
 
-def update(run: Run, x: Tensor, y: Tensor | None, closed: Tensor) -> dict[str, float]:
+def update(run: Run, x: Tensor, y: Tensor | None, closed: Tensor) -> ELBOTerms:
     """One update of the weights: loss, backward, clip, step, average."""
     model, hp = run.model, run.hp
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
@@ -260,7 +265,14 @@ def update(run: Run, x: Tensor, y: Tensor | None, closed: Tensor) -> dict[str, f
     else:  # a broken image must not stay in the statistics of batch normalisation either
         for mine, averaged in zip(model.buffers(), run.average.module.buffers(), strict=True):
             mine.copy_(averaged)
-    return batch_means(terms, closed)
+    return terms
+
+
+@torch.no_grad()
+def joined(parts: Sequence[ELBOTerms]) -> ELBOTerms:
+    """The terms of a batch from those of its parts."""
+    columns = zip(*parts, strict=True)
+    return ELBOTerms(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def objective(

@@ -66,7 +66,8 @@ def fit_prior(
         average.update_parameters(priors)
         bar.set_postfix_str(f"-log p {loss.item():.2f} nats", refresh=False)
     priors.load_state_dict(average.module.state_dict())
-    model.provenance["prior_fit"] = dict(images=len(dataset), steps=steps, batch_size=batch_size)
+    fit = {"images": len(dataset), "steps": steps, "batch_size": batch_size}
+    model.provenance = {**model.provenance, "prior_fit": fit}
     return model
 
 
@@ -92,7 +93,10 @@ def prior_loss(top: nn.Module, below: nn.Module | None, rows: dict[str, Tensor])
 
 @torch.no_grad()
 def encode(model: nn.Module, loader: DataLoader) -> dict[str, Tensor]:
-    """What prior_loss() needs, a row for each image: q, and of the map its h, base and text."""
+    """What prior_loss() needs, a row for each image: q, and of the map its h, base and text.
+
+    Images for which q is not finite are left out, as training leaves out their steps.
+    """
     device, below, batches = model.device, map_below_vector(model), []
     k = len(model.levels) - 1 if below is None else list(model.levels).index(below)
     for x, y in tqdm(loader, desc="encode", unit="batch", dynamic_ncols=True, mininterval=1):
@@ -109,10 +113,11 @@ def encode(model: nn.Module, loader: DataLoader) -> dict[str, Tensor]:
             q, p, *_ = levels[k]
             rows.update(below_mu=q.mu, below_logvar=q.logvar, h=h.half())
             rows.update(base_mu=p.base.mu, base_logvar=p.base.logvar)
-            rows.update({} if y is None else {"y": y})
-        batches.append(rows)
-        if not all(row.isfinite().all() for row in rows.values()):
-            n = loader.batch_size * len(batches)
-            raise FloatingPointError(f"q(z|x) is not finite for one of the first {n} images")
-    names = list(batches[0])
-    return {name: torch.cat([rows.pop(name) for rows in batches]) for name in names}
+            if y is not None:
+                rows["y"] = y
+        usable = torch.stack([row.flatten(1).isfinite().all(1) for row in rows.values()]).all(0)
+        batches.append({name: row[usable] for name, row in rows.items()})
+    encoded = {name: torch.cat([rows.pop(name) for rows in batches]) for name in list(batches[0])}
+    if not len(encoded["top_mu"]):
+        raise FloatingPointError("q(z|x) is not finite for any of the images")
+    return encoded

@@ -182,6 +182,10 @@ class Hyperparameters:
         return min(self.frozen_from, round(0.75 * self.steps))
 
     @property
+    def has_last_phase(self) -> bool:
+        return self.frozen_from < self.steps
+
+    @property
     def frozen_from(self) -> int:
         """The first step in which q is frozen."""
         return self.steps - round((self.frozen_share or 0) * self.steps)
@@ -214,7 +218,7 @@ class Hyperparameters:
 
     def updates_at(self, step: int) -> int:
         """How many from each batch: four in the last phase and, if there is one, at the start."""
-        is_early = bool(self.frozen_share) and 16 * step < self.steps
+        is_early = self.has_last_phase and 16 * step < self.steps
         return 4 if is_early or step >= self.frozen_from else 1
 
     def closed_at(self, step: int, levels: int) -> Tensor:

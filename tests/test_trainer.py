@@ -1019,6 +1019,20 @@ def test_a_batch_makes_four_updates_at_the_start_and_in_the_last_phase(tmp_path,
     assert history[-1]["step"] == 17 and history[-1]["images"] == 136
 
 
+def test_means_of_a_batch_with_fewer_closed_images_than_updates(tmp_path, monkeypatch):
+    """Each image counts once, in whichever update it is."""
+    means, joined = [], trainer.joined
+    monkeypatch.setattr(trainer, "joined", lambda parts: means.append(joined(parts)) or means[-1])
+    options = dict(batch_size=8, frozen_share=0.5, closed_share=0.25, log_every=1, eval_every=99)
+    model = tiny(likelihood="logistic", context=(1, 1))
+    _, history = fit(tmp_path, model, steps=2, **options)
+    assert means[0].reconstruction.shape == (8,)
+    closed = history[0]["reconstruction_closed"]
+    assert 2 * closed + 6 * history[0]["reconstruction"] == pytest.approx(
+        means[0].reconstruction.sum().item(), rel=1e-4
+    )
+
+
 def test_a_run_without_a_last_phase_makes_one_update_of_each_batch():
     hp = Hyperparameters(steps=160)
     hp.fit_to(HVAE())
@@ -1147,7 +1161,7 @@ def test_no_prior_to_fit():
 
 def long_run(out, monkeypatch, **arguments):
     """A run that ends by fitting the flow of its z_2 in as many updates as it had steps."""
-    monkeypatch.setattr(trainer, "PRIOR_STEPS", 1)
+    monkeypatch.setattr(trainer, "STEPS_PER_PRIOR_UPDATE", 1)
     model = with_context(**VECTOR_TOP, flow=2)
     nn.init.normal_(model.levels[1].q.out.bias[:4], std=2.0)
     options = dict(steps=24, frozen_share=0.25, eval_every=24, keep=True)
@@ -1164,6 +1178,20 @@ def test_a_long_run_fits_the_upper_priors_in_the_end(tmp_path, monkeypatch):
     written = (tmp_path / "hvae.pt").read_bytes()
     long_run(tmp_path, monkeypatch, resume=True)
     assert (tmp_path / "hvae.pt").read_bytes() == written
+
+
+@pytest.mark.parametrize("broken", [1, 40])
+def test_fit_prior_leaves_out_broken_images(broken):
+    images, labels = bars().tensors
+    images = images.clone()
+    images[:broken] = math.nan
+    model = tiny(**VECTOR_TOP, flow=1)
+    fit_it = lambda: fit_prior(model, TensorDataset(images, labels), steps=2, workers=0)
+    if broken == 40:
+        with pytest.raises(FloatingPointError, match="any of the images"):
+            fit_it()
+    else:
+        assert all(w.isfinite().all() for w in fit_it().state_dict().values())
 
 
 def test_interrupted_while_it_fits_the_upper_priors(tmp_path, monkeypatch):
@@ -1188,7 +1216,7 @@ def test_runs_that_have_no_priors_to_fit(changes, tmp_path, monkeypatch):
     """Without a last phase q moves to the end; this model has neither a flow nor such a map."""
     monkeypatch.setattr(trainer, "fit_prior", lambda *_, **__: pytest.fail("nothing to fit"))
     if "model" in changes:
-        monkeypatch.setattr(trainer, "PRIOR_STEPS", 1)
+        monkeypatch.setattr(trainer, "STEPS_PER_PRIOR_UPDATE", 1)
         fit(tmp_path, with_context(), bars(6000), steps=4, frozen_share=0.5)
     else:
         long_run(tmp_path, monkeypatch, **changes)

@@ -40,10 +40,11 @@ def rate(images: int, work: Callable[[], None], seconds: float = 8.0) -> float:
 
 
 def step_of(model: HVAE, device: torch.device, batch_size: int) -> Callable[[], None]:
-    """A training step as train() takes it, on the same images each time."""
+    """A training step in the middle of a run, on the same images each time."""
     hp = Hyperparameters(batch_size=batch_size)
     hp.fit_to(model)
     run = Run(model, hp, device, has_bf16(device), description="", images=batch_size)
+    run.step = hp.steps // 2
     data = CaptchaDataset(batch_size, image_size=model.input_shape[1:])
     x, y = (torch.stack(column) for column in zip(*data, strict=True))
     return lambda: training_step(run, x, y)  # its .tolist() waits for the device
