@@ -55,14 +55,14 @@ from hvae.checkpoint import has_state, locked, write_csv
 from hvae.cli import given_options, make_parser, one_line_errors, path_argument, reject_unused
 from hvae.distributions import binarised
 from hvae.evaluation import evaluate
-from hvae.fit_prior import fit_prior, upper_priors
+from hvae.fit_prior import fit_prior, flow_loss, upper_priors
 from hvae.hyperparameters import TRAINING, Hyperparameters
 from hvae.parallel import DeferredSignals, has_bf16, ignore_interrupts, keep_memory, pick_device
 from hvae.pictures import plot_history, write_image
 from hvae.run import Run
 from hvae.text import DIGITS, UPPERCASE, possible_lengths, span
 from hvae.validate import InputError, validate_int
-from model import CONFIGS, HVAE, ELBOTerms, Level
+from model import CONFIGS, HVAE, ELBOTerms
 
 STEPS_PER_PRIOR_UPDATE = 8  # of those that fit the upper priors in the end
 MOST_PIXELS = 500_000_000  # of the images for that: bounds the memory, to a gigabyte or so
@@ -208,10 +208,9 @@ def fit_upper_priors(
     if "prior_fit" in model.provenance:
         return
     before = model.provenance["held_out"]["elbo"]
-    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(hp.seed))
-    n = min(10 * steps, MOST_PIXELS // math.prod(model.input_shape[1:]))
-    images = Subset(train_set, order[:n].tolist())  # a folder's are sorted by text
-    fit_prior(model, images, steps=steps, workers=workers, seed=hp.seed)
+    n = min(10 * steps, MOST_PIXELS // math.prod(model.input_shape[1:]), len(train_set))
+    shuffled = next(batches(len(train_set), n, hp.seed, 0, 1))  # a folder is sorted by text
+    fit_prior(model, Subset(train_set, shuffled), steps=steps, workers=workers, seed=hp.seed)
     metrics = evaluate(model, val_set, batch_size=hp.batch_size, bf16=run.bf16)
     if metrics["elbo"] > before:
         model.provenance["held_out"] = metrics
@@ -299,11 +298,6 @@ def objective(
 def is_open_level(terms: ELBOTerms, closed: Tensor) -> Tensor:
     """(B, L): whether a level sees x."""
     return closed[:, None] <= torch.arange(terms.kl.shape[1], device=closed.device)
-
-
-def flow_loss(top: Level, z: Tensor) -> Tensor:
-    """-log p(z_L), mean in nats: fits the flow to every draw, even where its KL is free."""
-    return -top.prior(z).log_prob(z).mean()
 
 
 @torch.no_grad()

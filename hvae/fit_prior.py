@@ -77,13 +77,15 @@ def map_below_vector(model: nn.Module) -> nn.Module | None:
     return levels[0] if levels and model.top_down else None
 
 
+def flow_loss(top: nn.Module, z: Tensor) -> Tensor:
+    """-log p(z_L), mean in nats: fits the flow to every draw, even where its KL is free."""
+    return -top.prior(z).log_prob(z).mean()
+
+
 def prior_loss(top: nn.Module, below: nn.Module | None, rows: dict[str, Tensor]) -> Tensor:
     """-log p of draws of q, summed over both levels, mean in nats."""
     draw = lambda name: DiagonalGaussian(rows[f"{name}_mu"], rows[f"{name}_logvar"]).sample()
-    loss = 0
-    if top.flow is not None:
-        z = draw("top")
-        loss = -top.prior(z).log_prob(z).mean()
+    loss = 0 if top.flow is None else flow_loss(top, draw("top"))
     if below is None:
         return loss
     base = DiagonalGaussian(rows["base_mu"], rows["base_logvar"])

@@ -195,7 +195,7 @@ class Hyperparameters:
         frozen_from = self.frozen_from
         first, end = (0, frozen_from) if step < frozen_from else (frozen_from, self.steps)
         step, steps = step - first, end - first
-        warmup = min(self.warmup, steps // 2) if frozen_from < self.steps else self.warmup
+        warmup = min(self.warmup, steps // 2) if self.has_last_phase else self.warmup
         if step < warmup:
             return self.lr * (step + 1) / warmup
         done = (step - warmup) / max(1, steps - warmup)
