@@ -274,14 +274,19 @@ def activated(conv: nn.Module, layer: Layer) -> nn.Sequential:
 
 
 class ConvTranspose(nn.ConvTranspose2d):
-    """A 3x3 transposed convolution to the exact size of the input that it mirrors."""
+    """A 3x3 transposed convolution to the exact size of the input that it mirrors.
+
+    It makes stride times the size, and cuts. Other output paddings for height and width are slow.
+    """
 
     def __init__(self, layer: Layer):
-        super().__init__(layer.c_in, layer.c_out, 3, layer.arg, padding=1, bias=not layer.bn)
+        stride, size = layer.arg, dict(padding=1, output_padding=layer.arg - 1)
+        super().__init__(layer.c_in, layer.c_out, 3, stride, bias=not layer.bn, **size)
         self.size = layer.size_out
 
     def forward(self, h: Tensor) -> Tensor:
-        return super().forward(h, output_size=self.size)
+        height, width = self.size
+        return super().forward(h)[..., :height, :width]
 
 
 class Res(nn.Module):

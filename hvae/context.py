@@ -11,21 +11,21 @@ mixtures of discretised logistics (PixelCNN++, Salimans et al. 2017), each given
 before it; binary pixels are Bernoulli.
 
 The windows of N chosen pixels are gathered, and linear layers do the rest: a masked convolution
-and 1x1 convolutions, of these pixels only. The same code scores all pixels of an image, or a random
-part of them (training), or draws those on a slanted front (sampling). Nothing can depend on a later
-pixel, because none is ever looked up; the palette is drawn before them all.
+and 1x1 convolutions, of these pixels only. The same layers score all pixels of an image, or a
+random part of them (training), or draw those on a slanted front (sampling, hvae/fronts.py). Nothing
+can depend on a later pixel, because none is ever looked up; the palette is drawn before them all.
 
 Most tensors have the pixels last, (..., N): arithmetic on many short rows is slow.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvae.distributions import Bernoulli, Gaussian, LogisticMixture, draw_noise
+from hvae.fronts import SlantedCanvas, front_positions, fronts
 from hvae.palette import PaletteNetwork, palette_of
 from hvae.validate import InputError
 
@@ -169,7 +169,8 @@ class ContextNetwork(nn.Module):
 
     def mixture(self, c: int, hidden: Tensor, base: Tensor) -> LogisticMixture:
         logit, shift, log_scale = self.out[c](hidden).T.to(base).contiguous().chunk(3)
-        base = base.repeat(math.ceil(self.mixtures / BASES), 1)[: self.mixtures]  # k modulo 6
+        times = math.ceil(self.mixtures / BASES)
+        base = base.expand(times, *base.shape).flatten(0, 1)[: self.mixtures]  # k modulo 6
         mean = base + shift * (1 + shift.abs())
         return LogisticMixture(logit, mean, log_scale.clamp(-3.5, 5))
 
@@ -283,37 +284,28 @@ class Pixels:
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """A draw, (B, C, H, W) in [0, 1]: the palette, then the pixels of a front at once."""
-        (h, w), c, device = self.size, self.network.channels, self.f.device
-        batch, dtype = len(self.parameters), self.network.from_z.weight.dtype
+        (h, w), c, device, net = self.size, self.network.channels, self.f.device, self.network
+        batch, dtype = len(self.parameters), net.from_z.weight.dtype
         empty = torch.zeros(batch, c, h, w, device=device, dtype=dtype)
         if not batch:
             return empty
         noise = lambda *s: draw_noise(torch.rand, s, empty, generator).clamp(1e-6, 1 - 1e-6)
         palette = empty.new_zeros(batch, 0, c)
-        if not self.network.binary:
-            palette = self.network.palette.sample(self.parameters, noise(3 * c, 2, batch))
-        canvas, of_pixels = self.canvas(empty), noise(batch * h * w, c, 2)
-        first = h * w * torch.arange(batch, device=device)[:, None]
-        for pixels in fronts(h, w, self.network.columns, device):
-            i = (first + pixels).flatten()
-            f = self.f.index_select(0, i).to(canvas)
-            its_noise = of_pixels.index_select(0, i).permute(1, 2, 0)
-            window = self.window(canvas, palette, i)
-            x = self.network.score_or_draw(window, f, None, its_noise).T
-            canvas.index_copy_(0, self.places(i), x)
-        drawn = canvas[self.places(torch.arange(batch * h * w, device=device))] / self.levels
-        return drawn.view(batch, h, w, c).permute(0, 3, 1, 2)
-
-
-def fronts(h: int, w: int, columns: int, device: torch.device) -> Sequence[Tensor]:
-    """Positions of a map (h, w), counted row by row, in the order in which they are drawn.
-
-    A position sees no further right than `columns` in the rows above. So all (i, j) with the same
-    j + (columns + 1) i make a front, at most w + (columns + 1)(h - 1) in all.
-    """
-    place = torch.arange(h * w, device=device)
-    front = place % w + (columns + 1) * (place // w)
-    return front.argsort(stable=True).split(front.unique(return_counts=True)[1].tolist())
+        if not net.binary:
+            palette = net.palette.sample(self.parameters, noise(3 * c, 2, batch))
+        palette, of_pixels = palette.permute(1, 2, 0)[:, :, None], noise(batch * h * w, c, 2)
+        canvas = SlantedCanvas(empty, (net.rows, net.columns), self.outside)
+        images = h * w * torch.arange(batch, device=device)
+        for i, j, n in fronts(h, w, net.columns):
+            rows, columns = front_positions(i, j, n, net.columns, device)
+            pixels = ((w * rows + columns)[:, None] + images).flatten()
+            f = self.f.index_select(0, pixels).to(empty)
+            its_noise = of_pixels.index_select(0, pixels).permute(1, 2, 0)
+            colours = palette.expand(-1, -1, n, -1)
+            window = torch.cat([colours, *canvas.window(i, j, n)]).flatten(2)
+            x = net.score_or_draw(window, f, None, its_noise)
+            canvas.write(i, j, x.unflatten(1, (n, batch)))
+        return canvas.maps() / self.levels
 
 
 def root(t: Tensor) -> Tensor:

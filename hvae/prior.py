@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvae.context import fronts
 from hvae.distributions import DiagonalGaussian, draw_noise
+from hvae.fronts import SlantedCanvas, front_positions, fronts
 
 
 class MaskedConv(nn.Conv2d):
@@ -31,6 +31,11 @@ class MaskedConv(nn.Conv2d):
 
     def forward(self, canvas: Tensor) -> Tensor:
         return F.conv2d(canvas, self.weight * self.mask, self.bias)
+
+    def of_windows(self, windows: Tensor) -> Tensor:
+        """The same from the windows (taps, c_in, n, B) of single positions: (1, c_out, n, B)."""
+        weight = self.weight.flatten(2)[:, :, : len(windows)].transpose(1, 2).flatten(1)
+        return F.conv2d(windows.flatten(0, 1)[None], weight[:, :, None, None], self.bias)
 
 
 class WindowNetwork(nn.Module):
@@ -55,9 +60,9 @@ class WindowNetwork(nn.Module):
         inside = torch.ones_like(u[:, :1])
         return F.pad(torch.cat([u, inside], 1), (self.columns, self.columns, self.rows, 0))
 
-    def forward(self, canvas: Tensor, from_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, from_window: Tensor, from_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log weights (B, K, H, W), means and log sigmas (B, K, c_z, H, W) of the mixtures."""
-        h = F.silu(self.from_window(canvas) + from_h)
+        h = F.silu(from_window + from_h)
         for layer in self.hidden:
             h = h + F.silu(layer(h))
         mixture = self.out(h).float().unflatten(1, (self.mixtures, -1))
@@ -79,35 +84,26 @@ class WindowPrior:
         """(B,) nats."""
         log_scale = 0.5 * self.base.logvar
         u = (z - self.base.mu) * (-log_scale).exp()
-        log_pi, mean, log_sigma = self.network(self.network.canvas(u), self.from_h)
+        from_window = self.network.from_window(self.network.canvas(u))
+        log_pi, mean, log_sigma = self.network(from_window, self.from_h)
         squares = (u[:, None] - mean).square() * (-2 * log_sigma).exp()
         log_p = -0.5 * (squares + 2 * log_sigma + math.log(2 * math.pi)).sum(2)
         return torch.logsumexp(log_pi + log_p, 1).flatten(1).sum(1) - log_scale.flatten(1).sum(1)
 
     def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """A draw, front after front; the temperature multiplies the Gaussians' noise."""
-        b, c, H, W = self.base.mu.shape
-        net, device = self.network, self.base.mu.device
-        eps = draw_noise(torch.randn, (b, c, H, W), self.base.mu, generator)
-        noise = draw_noise(torch.rand, (b, 1, H, W), self.base.mu, generator)
-        canvas = net.canvas(torch.zeros_like(eps))
-        # a view: the window of each position, (B, c + 1, H, W, rows + 1, 2 columns + 1)
-        windows = canvas.unfold(2, net.rows + 1, 1).unfold(3, 2 * net.columns + 1, 1)
-        for front in fronts(H, W, net.columns, device):
-            i, j = front // W, front % W
-            from_h = at(self.from_h, i, j)[..., None, None]
-            log_pi, mean, log_sigma = net(at(windows, i, j), from_h)
-            cumulative = log_pi[..., 0, 0].exp().cumsum(1)
-            k = (cumulative[:, :-1] < at(noise, i, j)).sum(1)  # of the component
-            row = torch.arange(len(k), device=device)
-            mean, log_sigma = mean[row, k, :, 0, 0], log_sigma[row, k, :, 0, 0]
-            u = mean + temperature * log_sigma.exp() * at(eps, i, j)
-            u = u.unflatten(0, (b, len(front))).transpose(1, 2)
-            canvas[:, :c, net.rows + i, net.columns + j] = u
-        u = canvas[:, :c, net.rows :, net.columns : net.columns + W]
-        return self.base.mu + (0.5 * self.base.logvar).exp() * u
-
-
-def at(maps: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Maps (B, c, H, W, ...) at N positions (i, j): (B * N, c, ...)."""
-    return maps[:, :, i, j].transpose(1, 2).flatten(0, 1)
+        (b, c, H, W), net = self.base.mu.shape, self.network
+        eps = draw_noise(torch.randn, (b, c, H, W), self.base.mu, generator).permute(1, 2, 3, 0)
+        noise = draw_noise(torch.rand, (b, 1, H, W), self.base.mu, generator).permute(1, 2, 3, 0)
+        from_h, inside = self.from_h.permute(1, 2, 3, 0).contiguous(), noise.new_ones(1, 1, b)
+        canvas = SlantedCanvas(noise.new_empty(b, c + 1, H, W), (net.rows, net.columns))
+        for i, j, n in fronts(H, W, net.columns):
+            at = (slice(None), *front_positions(i, j, n, net.columns, noise.device))
+            from_window = net.from_window.of_windows(torch.cat(canvas.window(i, j, n)))
+            log_pi, mean, log_sigma = net(from_window, from_h[at][None])
+            cumulative = log_pi.exp().cumsum(1)
+            k = (cumulative[:, :-1] < noise[at]).sum(1)[:, None, None]  # of the component
+            mean, log_sigma = (t.take_along_dim(k, 1)[0, 0] for t in (mean, log_sigma))
+            u = mean + temperature * log_sigma.exp() * eps[at]
+            canvas.write(i, j, torch.cat([u, inside.expand(-1, n, -1)]))
+        return self.base.mu + (0.5 * self.base.logvar).exp() * canvas.maps()[:, :c]

@@ -83,7 +83,7 @@ def main() -> None:
     sampling = rate(batch, lambda: model.eval().sample(batch).cpu(), args.seconds)
     print(f"sampling, HVAE()                    {sampling:8.0f} images/s")
     if device.type == "cpu":
-        a_set = SampleBatches(model, 2 * BATCH * torch.get_num_threads())
+        a_set = SampleBatches(model, 8 * BATCH * torch.get_num_threads())
         sampling = rate(a_set.n, lambda: list(a_set.by_all_cores()), args.seconds)
         print(f"· a set, by a process on each core  {sampling:8.0f} images/s")
     step = step_of(model, device, batch)
