@@ -276,12 +276,13 @@ def activated(conv: nn.Module, layer: Layer) -> nn.Sequential:
 class ConvTranspose(nn.ConvTranspose2d):
     """A 3x3 transposed convolution to the exact size of the input that it mirrors.
 
-    It makes stride times the size, and cuts. Other output paddings for height and width are slow.
+    It makes stride times its input's size, and cuts off the rest: oneDNN is slow where the output
+    paddings of height and width differ.
     """
 
     def __init__(self, layer: Layer):
-        stride, size = layer.arg, dict(padding=1, output_padding=layer.arg - 1)
-        super().__init__(layer.c_in, layer.c_out, 3, stride, bias=not layer.bn, **size)
+        stride, padding = layer.arg, dict(padding=1, output_padding=layer.arg - 1)
+        super().__init__(layer.c_in, layer.c_out, 3, stride, bias=not layer.bn, **padding)
         self.size = layer.size_out
 
     def forward(self, h: Tensor) -> Tensor:

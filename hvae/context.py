@@ -10,10 +10,10 @@ Gulrajani et al. 2017; variational lossy autoencoder, Chen et al. 2017). Channel
 mixtures of discretised logistics (PixelCNN++, Salimans et al. 2017), each given the channels
 before it; binary pixels are Bernoulli.
 
-The windows of N chosen pixels are gathered, and linear layers do the rest: a masked convolution
-and 1x1 convolutions, of these pixels only. The same layers score all pixels of an image, or a
-random part of them (training), or draw those on a slanted front (sampling, hvae/fronts.py). Nothing
-can depend on a later pixel, because none is ever looked up; the palette is drawn before them all.
+Linear layers see the windows of N pixels: together a masked convolution and 1x1 convolutions, of
+these pixels only. To score an image, the windows of all its pixels are gathered, or in training of
+a random part; to draw it, those of a front are sliced (hvae/fronts.py). Nothing can depend on a
+later pixel, because none is ever looked up; the palette is drawn before them all.
 
 Most tensors have the pixels last, (..., N): arithmetic on many short rows is slow.
 """
@@ -102,7 +102,8 @@ class ContextNetwork(nn.Module):
         """log p (C, N) of the pixels x (C, N), or pixels drawn, (C, N), if x is None.
 
         Args:
-            window: (taps, C, N), see Pixels.window(). It and x are levels: 0 ... 255, or 0 and 1.
+            window: (taps, C, N), the palette, then pixels in reading order, see Pixels.window().
+                It and x are levels: 0 ... 255, or 0 and 1.
             f: (N, features), what z says.
             noise: (C, 2, N), uniform in (0, 1).
         """
@@ -169,7 +170,7 @@ class ContextNetwork(nn.Module):
 
     def mixture(self, c: int, hidden: Tensor, base: Tensor) -> LogisticMixture:
         logit, shift, log_scale = self.out[c](hidden).T.to(base).contiguous().chunk(3)
-        times = math.ceil(self.mixtures / BASES)
+        times = math.ceil(self.mixtures / BASES)  # for one, expand() copies nothing
         base = base.expand(times, *base.shape).flatten(0, 1)[: self.mixtures]  # k modulo 6
         mean = base + shift * (1 + shift.abs())
         return LogisticMixture(logit, mean, log_scale.clamp(-3.5, 5))
@@ -293,12 +294,12 @@ class Pixels:
         palette = empty.new_zeros(batch, 0, c)
         if not net.binary:
             palette = net.palette.sample(self.parameters, noise(3 * c, 2, batch))
-        palette, of_pixels = palette.permute(1, 2, 0)[:, :, None], noise(batch * h * w, c, 2)
-        canvas = SlantedCanvas(empty, (net.rows, net.columns), self.outside)
-        images = h * w * torch.arange(batch, device=device)
+        palette = palette.permute(1, 2, 0)[:, :, None]  # (colours, C, 1, B)
+        of_pixels, first = noise(batch * h * w, c, 2), h * w * torch.arange(batch, device=device)
+        canvas = SlantedCanvas(empty.shape, (net.rows, net.columns), empty, self.outside)
         for i, j, n in fronts(h, w, net.columns):
             rows, columns = front_positions(i, j, n, net.columns, device)
-            pixels = ((w * rows + columns)[:, None] + images).flatten()
+            pixels = ((w * rows + columns)[:, None] + first).flatten()
             f = self.f.index_select(0, pixels).to(empty)
             its_noise = of_pixels.index_select(0, pixels).permute(1, 2, 0)
             colours = palette.expand(-1, -1, n, -1)

@@ -33,7 +33,7 @@ class MaskedConv(nn.Conv2d):
         return F.conv2d(canvas, self.weight * self.mask, self.bias)
 
     def of_windows(self, windows: Tensor) -> Tensor:
-        """The same from the windows (taps, c_in, n, B) of single positions: (1, c_out, n, B)."""
+        """The same, (1, c_out, n, B), of the windows of a front, (taps, c_in, n, B)."""
         weight = self.weight.flatten(2)[:, :, : len(windows)].transpose(1, 2).flatten(1)
         return F.conv2d(windows.flatten(0, 1)[None], weight[:, :, None, None], self.bias)
 
@@ -60,9 +60,14 @@ class WindowNetwork(nn.Module):
         inside = torch.ones_like(u[:, :1])
         return F.pad(torch.cat([u, inside], 1), (self.columns, self.columns, self.rows, 0))
 
-    def forward(self, from_window: Tensor, from_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log weights (B, K, H, W), means and log sigmas (B, K, c_z, H, W) of the mixtures."""
-        h = F.silu(from_window + from_h)
+    def forward(self, seen: Tensor, from_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log weights (B, K, H, W), means and log sigmas (B, K, c_z, H, W) of the mixtures.
+
+        Args:
+            seen, from_h: (B, width, H, W), what the window and h say. Of a front, B is 1, and H
+                and W are its positions and the images.
+        """
+        h = F.silu(seen + from_h)
         for layer in self.hidden:
             h = h + F.silu(layer(h))
         mixture = self.out(h).float().unflatten(1, (self.mixtures, -1))
@@ -84,8 +89,8 @@ class WindowPrior:
         """(B,) nats."""
         log_scale = 0.5 * self.base.logvar
         u = (z - self.base.mu) * (-log_scale).exp()
-        from_window = self.network.from_window(self.network.canvas(u))
-        log_pi, mean, log_sigma = self.network(from_window, self.from_h)
+        seen = self.network.from_window(self.network.canvas(u))
+        log_pi, mean, log_sigma = self.network(seen, self.from_h)
         squares = (u[:, None] - mean).square() * (-2 * log_sigma).exp()
         log_p = -0.5 * (squares + 2 * log_sigma + math.log(2 * math.pi)).sum(2)
         return torch.logsumexp(log_pi + log_p, 1).flatten(1).sum(1) - log_scale.flatten(1).sum(1)
@@ -93,14 +98,18 @@ class WindowPrior:
     def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """A draw, front after front; the temperature multiplies the Gaussians' noise."""
         (b, c, H, W), net = self.base.mu.shape, self.network
-        eps = draw_noise(torch.randn, (b, c, H, W), self.base.mu, generator).permute(1, 2, 3, 0)
-        noise = draw_noise(torch.rand, (b, 1, H, W), self.base.mu, generator).permute(1, 2, 3, 0)
-        from_h, inside = self.from_h.permute(1, 2, 3, 0).contiguous(), noise.new_ones(1, 1, b)
-        canvas = SlantedCanvas(noise.new_empty(b, c + 1, H, W), (net.rows, net.columns))
+        if not b:
+            return self.base.mu
+        eps = draw_noise(torch.randn, (b, c, H, W), self.base.mu, generator)
+        noise = draw_noise(torch.rand, (b, 1, H, W), self.base.mu, generator)
+        # images last, (c, H, W, B), as on the canvas
+        from_h, eps, noise = (maps.permute(1, 2, 3, 0) for maps in (self.from_h, eps, noise))
+        from_h, inside = from_h.contiguous(), noise.new_ones(1, 1, b)
+        canvas = SlantedCanvas((b, c + 1, H, W), (net.rows, net.columns), noise)
         for i, j, n in fronts(H, W, net.columns):
             at = (slice(None), *front_positions(i, j, n, net.columns, noise.device))
-            from_window = net.from_window.of_windows(torch.cat(canvas.window(i, j, n)))
-            log_pi, mean, log_sigma = net(from_window, from_h[at][None])
+            seen = net.from_window.of_windows(torch.cat(canvas.window(i, j, n)))
+            log_pi, mean, log_sigma = net(seen, from_h[at][None])
             cumulative = log_pi.exp().cumsum(1)
             k = (cumulative[:, :-1] < noise[at]).sum(1)[:, None, None]  # of the component
             mean, log_sigma = (t.take_along_dim(k, 1)[0, 0] for t in (mean, log_sigma))

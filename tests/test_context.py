@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import trainer
 from hvae.adapt import adapted
 from hvae.context import ContextNetwork, is_flat
+from hvae.fronts import SlantedCanvas, front_positions, fronts
 from hvae.palette import palette_of, pool
 from model import CONFIGS, HVAE
 from trainer import Hyperparameters, objective, train
@@ -304,6 +305,21 @@ def test_slanted_order_draws_the_image_of_raster_order(likelihood, channels, h, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hvae.context.fronts", raster_order)
         assert torch.equal(draw(), slanted)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3))
+def test_windows_of_a_front_are_those_that_are_scored(h, w, rows, columns):
+    x = images("bernoulli", 2, 1, h, w)
+    p = distribution("bernoulli", 1, (h, w), 2, context=(rows, columns))
+    canvas = SlantedCanvas(x.shape, (rows, columns), x)
+    for i, j, n in fronts(h, w, columns):
+        row, column = front_positions(i, j, n, columns, x.device)
+        pixels = ((w * row + column)[:, None] + h * w * torch.arange(2)).flatten()
+        scored = p.window(p.canvas(x), p.palette(x), pixels)
+        assert torch.equal(torch.cat(canvas.window(i, j, n)).flatten(2), scored)
+        canvas.write(i, j, x[:, :, row, column].permute(1, 2, 0))
+    assert torch.equal(canvas.maps(), x)
 
 
 @pytest.mark.parametrize("likelihood, channels", KINDS)

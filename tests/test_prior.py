@@ -5,11 +5,13 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvae.distributions import DiagonalGaussian
-from hvae.prior import WindowNetwork, WindowPrior
+from hvae.fronts import SlantedCanvas, front_positions, fronts
+from hvae.prior import MaskedConv, WindowNetwork, WindowPrior
 from model import HVAE
 from trainer import train
 
@@ -88,6 +90,21 @@ def test_slanted_order_draws_the_map_of_raster_order(h, w, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hvae.prior.fronts", raster_order)
         torch.testing.assert_close(draw(), slanted)
+
+
+@torch.no_grad()
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 3), st.integers(1, 3))
+def test_windows_of_a_front_are_those_of_the_convolution(h, w, rows, columns):
+    u, conv = torch.randn(3, 2, h, w), MaskedConv(2, 4, rows, columns)
+    whole = conv(F.pad(u, (columns, columns, rows, 0)))
+    canvas = SlantedCanvas(u.shape, (rows, columns), u)
+    for i, j, n in fronts(h, w, columns):
+        at = (slice(None), slice(None), *front_positions(i, j, n, columns, u.device))
+        front = conv.of_windows(torch.cat(canvas.window(i, j, n)))[0]
+        torch.testing.assert_close(front.permute(2, 0, 1), whole[at])
+        canvas.write(i, j, u[at].permute(1, 2, 0))
+    assert torch.equal(canvas.maps(), u)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import CaptchaDataset
-from generate import BATCH, SampleBatches
+from generate import BATCH, MAX_PROCESSES, SampleBatches
 from hvae.parallel import has_bf16, keep_memory, pick_device
 from hvae.run import Run
 from model import HVAE
@@ -83,7 +83,7 @@ def main() -> None:
     sampling = rate(batch, lambda: model.eval().sample(batch).cpu(), args.seconds)
     print(f"sampling, HVAE()                    {sampling:8.0f} images/s")
     if device.type == "cpu":
-        a_set = SampleBatches(model, 8 * BATCH * torch.get_num_threads())
+        a_set = SampleBatches(model, 8 * BATCH * min(torch.get_num_threads(), MAX_PROCESSES))
         sampling = rate(a_set.n, lambda: list(a_set.by_all_cores()), args.seconds)
         print(f"· a set, by a process on each core  {sampling:8.0f} images/s")
     step = step_of(model, device, batch)
