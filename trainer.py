@@ -14,7 +14,8 @@ Captchas need each of these for samples that follow their text; short runs and d
         only the top level open. Kept up longer, this fills the upper levels with detail that the
         priors of the lower ones draw better.
     free_nats: KL of a level that costs nothing, so that the upper levels are used. After a third of
-        these steps, of digits after half, free nats become fewer, until there are none.
+        these steps free nats become fewer, and after 0.6 of them there are none; of digits, after
+        half of them and at their end.
     pixel_weight: with a local context, 98% of the nats of a captcha are pixels, and latents that
         must serve them forget the glyphs. So z also guesses the image, without the context. The
         reconstruction is 0.99 of the guess's nats, which teach the latents, plus 0.01 of
@@ -64,7 +65,7 @@ from hvae.text import DIGITS, UPPERCASE, possible_lengths, span
 from hvae.validate import InputError, validate_int
 from model import CONFIGS, HVAE, ELBOTerms
 
-STEPS_PER_PRIOR_UPDATE = 8  # of those that fit the upper priors in the end
+STEPS_PER_PRIOR_UPDATE = 3  # of those that fit the upper priors in the end
 MOST_PIXELS = 500_000_000  # of the images for that: bounds the memory, to a gigabyte or so
 VERSION = "2.2"  # of this code, written into every checkpoint
 

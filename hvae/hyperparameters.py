@@ -34,7 +34,7 @@ class Hyperparameters:
         ValueError: naming the one that is out of range.
     """
 
-    steps: int = option(11_000, "training steps in all", 1)
+    steps: int = option(10_000, "training steps in all", 1)
     batch_size: int = option(32, "images per step", 1)
     lr: float = option(2e-3, "peak of the learning rate, which falls as a cosine to 2%%", 1e-12)
     warmup: int | None = option(
@@ -47,7 +47,7 @@ class Hyperparameters:
     )
     beta_steps: int | None = option(
         None,
-        "steps over which beta goes to 1; default and maximum: 0.7 of those before the last phase",
+        "steps over which beta goes to 1; default and maximum: 0.6 of those before the last phase",
         1,
     )
     free_nats: Sequence[float] | float | None = option(
@@ -58,10 +58,11 @@ class Hyperparameters:
     )
     free_share: float = option(
         1 / 3,
-        "share of the steps before the last phase after which free nats become fewer, down to 0",
+        "share of the steps before the last phase after which free nats become fewer",
         0,
         1,
     )
+    free_until: float = option(0.6, "share of these steps after which no nats are free", 0, 1)
     closed_levels: int | None = option(
         None,
         "how many of the lowest levels are closed in a part of each batch, in the first third of "
@@ -89,7 +90,7 @@ class Hyperparameters:
     frozen_share: float | None = option(
         None,
         "last share of the run, in which q is frozen; p(x|z) learns on, and the priors, if there "
-        "are 5,000 images; default: 0.25 with a context, 0 for binary pixels and in a short run",
+        "are 5,000 images; default: 0.2 with a context, 0 for binary pixels and in a short run",
         0,
         1,
     )
@@ -130,6 +131,7 @@ class Hyperparameters:
                 setattr(self, f.name, float(value))  # numpy's numbers are not JSON
             elif kind is bool:
                 setattr(self, f.name, bool(value))
+        validate_number("free_share", self.free_share, 0, self.free_until)
         self.fill(
             warmup=min(200, self.steps // 2),
             beta_start=1.0 if self.is_short else 5.0,
@@ -162,7 +164,7 @@ class Hyperparameters:
         nats = 0 if self.is_short else min(limit, nats_for_size)
         below_top = levels - 1 if model.top_down else 0
         self.fill(
-            frozen_share=0.25 if has_phase else 0.0,
+            frozen_share=0.2 if has_phase else 0.0,
             free_nats=[nats] * (levels - 1) + [2 * nats],
             closed_levels=min((levels + 1) // 2, below_top),
             pixel_rise=0.6 if binary else 0.0,
@@ -173,7 +175,7 @@ class Hyperparameters:
         self.fill(pixel_weight=0.0 if binary else 0.01 if self.frozen_share else 0.05)
         self.free_nats = per_level("free_nats", self.free_nats, levels)
         validate_int("closed_levels", self.closed_levels, 0, below_top)
-        longest = max(1, round(0.7 * self.frozen_from))
+        longest = max(1, round(0.6 * self.frozen_from))
         self.beta_steps = min(self.beta_steps or longest, longest)
 
     @property
@@ -206,8 +208,8 @@ class Hyperparameters:
 
     def free_nats_at(self, step: int) -> Tensor:
         """(L,): those of each level."""
-        left = (self.frozen_from - step) / max(1, self.frozen_from)
-        left /= max(1e-9, 1 - self.free_share)
+        left = self.free_until * self.frozen_from - step
+        left /= max(1e-9, (self.free_until - self.free_share) * self.frozen_from)
         return min(1.0, max(0.0, left)) * torch.tensor(self.free_nats)
 
     def pixel_weight_at(self, step: int) -> float:
@@ -240,6 +242,7 @@ TRAINING = {
         **LIKELIHOOD_FIRST,
         "free_nats": [0.0] + [3.0] * 6,  # z_1 first
         "free_share": 0.5,
+        "free_until": 1.0,
         "batch_size": 50,
         "steps": 40_000,
         "binarise": True,

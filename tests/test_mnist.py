@@ -294,10 +294,10 @@ def test_flat_vae_in_one_command(flat_options, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ("", ("captcha", 11_000, False, None)),
+        ("", ("captcha", 10_000, False, None)),
         ("--data mnist", ("mnist-hvae", 40_000, True, 0.0)),
         ("--data mnist --config mnist-vae --steps 5", ("mnist-vae", 5, False, 0.0)),
-        ("--data mnist --config captcha", ("captcha", 11_000, False, None)),
+        ("--data mnist --config captcha", ("captcha", 10_000, False, None)),
     ],
 )
 def test_defaults_of_the_command_line(options, expected):

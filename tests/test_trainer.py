@@ -247,20 +247,25 @@ def test_beta_falls_from_start_to_one(tmp_path):
 def test_beta_reaches_one_in_a_short_run_too():
     hp = Hyperparameters(steps=100, beta_start=0.1, beta_steps=2_000)
     hp.fit_to(tiny())
-    assert hp.beta_at(0) == 0.1 and hp.beta_at(69) < 1 and hp.beta_at(70) == 1
+    assert hp.beta_at(0) == 0.1 and hp.beta_at(59) < 1 and hp.beta_at(60) == 1
 
 
-@given(st.integers(2, 60), st.floats(0, 1))
-def test_free_nats_fall_to_none_at_the_end(steps, share):
-    hp = Hyperparameters(steps=steps, free_nats=[2.0, 6.0], free_share=share)
-    free = torch.stack([hp.free_nats_at(step) for step in range(steps)])
-    until = math.floor(share * steps)
-    assert torch.allclose(free[: until + 1], torch.tensor([2.0, 6.0]))
+@given(st.integers(2, 60), st.floats(0, 1), st.floats(0, 1))
+def test_free_nats_fall_to_none(steps, share, until):
+    share, until = sorted((share, until))
+    hp = Hyperparameters(steps=steps, free_nats=[2.0, 6.0], free_share=share, free_until=until)
+    free = torch.stack([hp.free_nats_at(step) for step in range(steps + 1)])
     assert (free.diff(dim=0) <= 1e-6).all() and (free >= 0).all()
-    if share < 0.99:
-        middle = (share * steps + steps) / 2
+    assert not free[math.ceil(until * steps) :].any()
+    if until > share + 0.01:
+        assert torch.allclose(free[: math.ceil(share * steps)], torch.tensor([2.0, 6.0]))
+        middle = (share + until) / 2 * steps
         assert torch.allclose(hp.free_nats_at(middle), torch.tensor([1.0, 3.0]), atol=1e-4)
-        assert not hp.free_nats_at(steps).any()
+
+
+def test_free_nats_cannot_end_before_they_become_fewer():
+    with pytest.raises(ValueError, match="free_share.*0.6"):
+        Hyperparameters(free_share=0.7)
 
 
 def test_a_kl_counts_once_the_free_nats_are_fewer(tmp_path):
@@ -269,7 +274,7 @@ def test_a_kl_counts_once_the_free_nats_are_fewer(tmp_path):
     first = fit(tmp_path / "first", free_nats=0.0, **settings)[1][0]
     settings["free_nats"] = [1.2 * first["kl_1"], 1.2 * first["kl_2"]]
     for name, share in (("kept", 1.0), ("fallen", 0.0)):
-        fit(tmp_path / name, free_share=share, **settings)
+        fit(tmp_path / name, free_share=share, free_until=1.0, **settings)
     kept, fallen = (
         [HVAE.load(tmp_path / name / f"hvae-00000{n}.pt").state_dict() for n in (1, 2)]
         for name in ("kept", "fallen")
@@ -356,11 +361,11 @@ def test_the_schedules_of_both_phases():
     assert rates[200] == rates[3200] == 1
     assert rates[2999] == pytest.approx(0.02, abs=1e-3)
     assert rates[3999] == pytest.approx(0.02, abs=1e-3)
-    assert hp.beta_at(2099) > 1 and hp.beta_at(2100) == 1
+    assert hp.beta_at(1799) > 1 and hp.beta_at(1800) == 1
     assert hp.closed_at(999, 5).any() and not hp.closed_at(1000, 5).any()
     assert hp.free_nats_at(1000).tolist() == [40, 40, 40, 40, 80]
-    assert hp.free_nats_at(2000).tolist() == pytest.approx([20, 20, 20, 20, 40])
-    assert not hp.free_nats_at(3000).any() and not hp.free_nats_at(3999).any()
+    assert hp.free_nats_at(1400).tolist() == pytest.approx([20, 20, 20, 20, 40])
+    assert not hp.free_nats_at(1800).any() and not hp.free_nats_at(3999).any()
     only_last = Hyperparameters(steps=1000, frozen_share=1, free_nats=[40.0])
     assert not only_last.free_nats_at(0).any()
     assert hp.pixel_weight_at(2999) == 0.01 and hp.pixel_weight_at(3000) == 0.3
@@ -373,7 +378,7 @@ def test_the_schedules_of_both_phases():
 @pytest.mark.parametrize(
     "steps, changes, share",
     [
-        (2000, {}, 0.25),
+        (2000, {}, 0.2),
         (1999, {}, 0),
         (2000, dict(likelihood="bernoulli"), 0),
         (2000, dict(likelihood="gaussian", context=None), 0),
@@ -982,7 +987,7 @@ def test_closed_levels_of_a_batch(levels, share, top_share, closed):
 
 @pytest.mark.parametrize(
     "steps, expected",
-    [(300, (150, 1.0, 210, 0.0, [0, 0])), (11_000, (200, 5.0, 7_700, 0.5, [40, 80]))],
+    [(300, (150, 1.0, 180, 0.0, [0, 0])), (10_000, (200, 5.0, 4_800, 0.5, [40, 80]))],
 )
 def test_schedules_follow_the_number_of_steps(steps, expected):
     hp = Hyperparameters(steps=steps)
