@@ -679,7 +679,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 def test_resume_can_extend_a_run(tmp_path):
     fit(tmp_path, steps=4)
-    changes = "steps = 8 instead of 4, beta_steps = 5 instead of 3"
+    changes = "steps = 8 instead of 4, beta_steps = 5 instead of 2"
     with pytest.warns(UserWarning, match=f"resuming with {changes}$"):
         _, history = fit(tmp_path, steps=8, resume=True)
     assert [row["step"] for row in history] == [2, 4, 6, 8]
@@ -987,7 +987,7 @@ def test_closed_levels_of_a_batch(levels, share, top_share, closed):
 
 @pytest.mark.parametrize(
     "steps, expected",
-    [(300, (150, 1.0, 180, 0.0, [0, 0])), (10_000, (200, 5.0, 4_800, 0.5, [40, 80]))],
+    [(300, (150, 1.0, 180, 0.0, [0, 0])), (10_000, (200, 5.0, 6_000, 0.5, [40, 80]))],
 )
 def test_schedules_follow_the_number_of_steps(steps, expected):
     hp = Hyperparameters(steps=steps)
