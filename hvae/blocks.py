@@ -281,8 +281,8 @@ class ConvTranspose(nn.ConvTranspose2d):
     """
 
     def __init__(self, layer: Layer):
-        stride, padding = layer.arg, dict(padding=1, output_padding=layer.arg - 1)
-        super().__init__(layer.c_in, layer.c_out, 3, stride, bias=not layer.bn, **padding)
+        stride, bias = layer.arg, not layer.bn
+        super().__init__(layer.c_in, layer.c_out, 3, stride, 1, stride - 1, bias=bias)
         self.size = layer.size_out
 
     def forward(self, h: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvae.distributions import Bernoulli, Gaussian, LogisticMixture, draw_noise
-from hvae.fronts import SlantedCanvas, front_positions, fronts
+from hvae.fronts import SlantedCanvas, fronts
 from hvae.palette import PaletteNetwork, palette_of
 from hvae.validate import InputError
 
@@ -285,22 +285,21 @@ class Pixels:
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """A draw, (B, C, H, W) in [0, 1]: the palette, then the pixels of a front at once."""
-        (h, w), c, device, net = self.size, self.network.channels, self.f.device, self.network
-        batch, dtype = len(self.parameters), net.from_z.weight.dtype
-        empty = torch.zeros(batch, c, h, w, device=device, dtype=dtype)
+        (h, w), net, batch = self.size, self.network, len(self.parameters)
+        c, like = net.channels, net.from_z.weight  # which has the dtype and device of the draws
         if not batch:
-            return empty
-        noise = lambda *s: draw_noise(torch.rand, s, empty, generator).clamp(1e-6, 1 - 1e-6)
-        palette = empty.new_zeros(batch, 0, c)
+            return like.new_zeros(0, c, h, w)
+        noise = lambda *s: draw_noise(torch.rand, s, like, generator).clamp(1e-6, 1 - 1e-6)
+        palette = like.new_zeros(batch, 0, c)
         if not net.binary:
             palette = net.palette.sample(self.parameters, noise(3 * c, 2, batch))
         palette = palette.permute(1, 2, 0)[:, :, None]  # (colours, C, 1, B)
-        of_pixels, first = noise(batch * h * w, c, 2), h * w * torch.arange(batch, device=device)
-        canvas = SlantedCanvas(empty.shape, (net.rows, net.columns), empty, self.outside)
+        of_pixels, first = noise(batch * h * w, c, 2), h * w * torch.arange(batch).to(like.device)
+        canvas = SlantedCanvas((batch, c, h, w), (net.rows, net.columns), like, self.outside)
         for i, j, n in fronts(h, w, net.columns):
-            rows, columns = front_positions(i, j, n, net.columns, device)
+            rows, columns = canvas.positions(i, j, n)
             pixels = ((w * rows + columns)[:, None] + first).flatten()
-            f = self.f.index_select(0, pixels).to(empty)
+            f = self.f.index_select(0, pixels).to(like)
             its_noise = of_pixels.index_select(0, pixels).permute(1, 2, 0)
             colours = palette.expand(-1, -1, n, -1)
             window = torch.cat([colours, *canvas.window(i, j, n)]).flatten(2)

@@ -28,14 +28,6 @@ def fronts(h: int, w: int, columns: int) -> Iterator[tuple[int, int, int]]:
             yield top, front - step * top, bottom + 1 - top
 
 
-def front_positions(
-    i: int, j: int, n: int, columns: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Rows and columns, (n,) each, of the n positions of a front from (i, j) on."""
-    k = torch.arange(n, device=device)
-    return i + k, j - (columns + 1) * k
-
-
 class SlantedCanvas:
     """Maps (B, C, H, W) that are being drawn, as `values` (front, C, row, B).
 
@@ -67,6 +59,11 @@ class SlantedCanvas:
     def index(self, i: int | Tensor, j: int | Tensor) -> int | Tensor:
         """Where the front of (i, j) is among the values."""
         return self.margin + j + self.step * i
+
+    def positions(self, i: int, j: int, n: int) -> tuple[Tensor, Tensor]:
+        """Rows and columns, (n,) each, of the n positions of a front from (i, j) on."""
+        k = torch.arange(n, device=self.values.device)
+        return i + k, j - self.step * k
 
     def window(self, i: int, j: int, n: int) -> list[Tensor]:
         """The windows of n positions of a front from (i, j) on, in reading order.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvae.distributions import DiagonalGaussian, draw_noise
-from hvae.fronts import SlantedCanvas, front_positions, fronts
+from hvae.fronts import SlantedCanvas, fronts
 
 
 class MaskedConv(nn.Conv2d):
@@ -107,7 +107,7 @@ class WindowPrior:
         from_h, inside = from_h.contiguous(), noise.new_ones(1, 1, b)
         canvas = SlantedCanvas((b, c + 1, H, W), (net.rows, net.columns), noise)
         for i, j, n in fronts(H, W, net.columns):
-            at = (slice(None), *front_positions(i, j, n, net.columns, noise.device))
+            at = (slice(None), *canvas.positions(i, j, n))
             seen = net.from_window.of_windows(torch.cat(canvas.window(i, j, n)))
             log_pi, mean, log_sigma = net(seen, from_h[at][None])
             cumulative = log_pi.exp().cumsum(1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import trainer
 from hvae.adapt import adapted
 from hvae.context import ContextNetwork, is_flat
-from hvae.fronts import SlantedCanvas, front_positions, fronts
+from hvae.fronts import SlantedCanvas, fronts
 from hvae.palette import palette_of, pool
 from model import CONFIGS, HVAE
 from trainer import Hyperparameters, objective, train
@@ -314,7 +314,7 @@ def test_windows_of_a_front_are_those_that_are_scored(h, w, rows, columns):
     p = distribution("bernoulli", 1, (h, w), 2, context=(rows, columns))
     canvas = SlantedCanvas(x.shape, (rows, columns), x)
     for i, j, n in fronts(h, w, columns):
-        row, column = front_positions(i, j, n, columns, x.device)
+        row, column = canvas.positions(i, j, n)
         pixels = ((w * row + column)[:, None] + h * w * torch.arange(2)).flatten()
         scored = p.window(p.canvas(x), p.palette(x), pixels)
         assert torch.equal(torch.cat(canvas.window(i, j, n)).flatten(2), scored)

@@ -1,16 +1,16 @@
 """p(z_l | h) with a window is a density, of earlier positions only, and is sampled as it says."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_context import raster_order
 
 from hvae.distributions import DiagonalGaussian
-from hvae.fronts import SlantedCanvas, front_positions, fronts
+from hvae.fronts import SlantedCanvas, fronts
 from hvae.prior import MaskedConv, WindowNetwork, WindowPrior
 from model import HVAE
 from trainer import train
@@ -76,10 +76,6 @@ def test_samples_have_the_density():
     assert abs(ratio.mean() - 1) < 5 * error
 
 
-def raster_order(h, w, columns):
-    return [(i, j, 1) for i, j in product(range(h), range(w))]
-
-
 @torch.no_grad()
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 7), st.integers(0, 9))
@@ -100,7 +96,7 @@ def test_windows_of_a_front_are_those_of_the_convolution(h, w, rows, columns):
     whole = conv(F.pad(u, (columns, columns, rows, 0)))
     canvas = SlantedCanvas(u.shape, (rows, columns), u)
     for i, j, n in fronts(h, w, columns):
-        at = (slice(None), slice(None), *front_positions(i, j, n, columns, u.device))
+        at = (slice(None), slice(None), *canvas.positions(i, j, n))
         front = conv.of_windows(torch.cat(canvas.window(i, j, n)))[0]
         torch.testing.assert_close(front.permute(2, 0, 1), whole[at])
         canvas.write(i, j, u[at].permute(1, 2, 0))
